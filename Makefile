@@ -1,0 +1,25 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each creates .venv and installs into it.
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test lint
+
+$(VENV)/installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet torch==2.13.0
+	$(PY) -m pip install --quiet --editable ".[dev,examples]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(PY) examples/demo.py
+
+test: $(VENV)/installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+lint: $(VENV)/installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) -m mypy

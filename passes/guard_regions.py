@@ -1,0 +1,346 @@
+"""Turns each region into `cond(compute | reuse)`, with its slot in and out and its statistics out.
+
+    before:  y = body_0(x, w)
+    after:   y, Δ, row = body_0_guarded(x, w, slot, weights[i], decisions[i])      one for every block
+             graph outputs: …, statistics = stack(rows), Δ, …
+
+At the level `network` the blocks become cond(compute | unwritten) and one guard at the end of the last block holds
+x₀ + Δ for all of them. Error: none where a region is computed; that of the extrapolation where it is reused
+(`qc_compiler.guard` has the algebra).
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qc_compiler.cost import flops_of
+from qc_compiler.graph import (
+    GraphPass,
+    Interface,
+    RegionSpec,
+    Report,
+    Skip,
+    SlotSpec,
+    Statistic,
+    body_calls,
+    body_of,
+    eliminate_dead_code,
+    external_inputs,
+    invoke_subgraph,
+    is_tensor,
+    outline,
+    outputs,
+    placeholders,
+    separate_operands,
+    set_body,
+    trace,
+    values_of,
+)
+from qc_compiler.guard import Guard, cond_body, unwritten
+from qc_compiler.regions import SubLayer, find_sublayers
+
+
+@dataclass(frozen=True)
+class GuardRegions(GraphPass):
+    """Guards the regions of one level, and the model's output if asked.
+
+    Attributes:
+        level: `network` (one slot), `block` or `sublayer`; None for no guard inside the graph.
+        output: Also give the model's output a slot, so that the runtime may skip the whole graph.
+        depth: How many residuals a slot remembers: the extrapolation's order + 1.
+        cache_dtype: None (the model's), `torch.int8` or `torch.float8_e4m3fn` with a scale a token.
+        num_frames: Frames of the video, for the motion statistic; 1 for images.
+    """
+
+    level: str | None
+    output: bool = False
+    depth: int = 1
+    cache_dtype: torch.dtype | None = None
+    num_frames: int = 1
+
+    def run(self, gm: fx.GraphModule) -> Report:
+        if "interface" in gm.meta:
+            return Report(changed=0)
+        calls = body_calls(gm)
+        wiring = _Wiring(gm, self.depth)
+        skips: list[Skip] = []
+        if self.output:
+            skips += self._guard_output(wiring)
+        if probe := gm.meta.get("probe"):
+            self._observe("probe", [probe], wiring)
+        if self.level == "network" and calls:
+            self._guard_network(calls, wiring)
+        elif self.level in ("block", "sublayer"):
+            skips += self._guard_blocks(calls, wiring)
+        if wiring.interface.regions:
+            wiring.finish()
+        return Report(changed=len(wiring.interface.regions), skipped=tuple(skips))
+
+    def _guard(self, bases: tuple[int | None, ...]) -> Guard:
+        return Guard(bases, self.depth, self.cache_dtype, self.num_frames)
+
+    def _guard_output(self, wiring: "_Wiring") -> list[Skip]:
+        results = outputs(wiring.graph)
+        if not all(isinstance(r, fx.Node) and is_tensor(r) and r.meta["val"].is_floating_point() for r in results):
+            return [Skip("output", "the model returns something else than floating point tensors")]
+        self._observe("output", results, wiring)
+        return []
+
+    def _observe(self, name: str, results: Sequence[fx.Node], wiring: "_Wiring") -> None:
+        """Gives values that are always computed in the graph a slot and a row of statistics."""
+        guard = Guard((None,) * len(results), self.depth)
+        values, count = values_of(results), len(results)
+        region = wiring.add_region(name, -1, 0.0)
+        slots = wiring.add_slots(region, [(value,) for value in values])
+        part = trace(lambda *args: tuple(guard.observe((), args[:count], args[count:])), *values, *values_of(slots))
+        before = wiring.graph.output_node()
+        wiring.collect(_inline(wiring.graph, wiring.gm, part, [*results, *slots], before), region)
+
+    def _guard_network(self, calls: Sequence[fx.Node], wiring: "_Wiring") -> None:
+        gm, graph = wiring.gm, wiring.graph
+        inside = _between(calls)
+        results = [n for n in inside if is_tensor(n) and any(user not in inside for user in n.users)]
+        entering = [call.args[2 + b] for call in calls for b in body_of(gm, call).meta["bases"] if b is not None]
+        entering = [node for node in dict.fromkeys(entering) if node not in inside]
+        bases = [next((e for e in entering if _same_layout(e, result)), None) for result in results]
+        operands = list(dict.fromkeys([*results, *(base for base in bases if base is not None)]))
+        at = [operands.index(result) for result in results]
+
+        region = wiring.add_region("network", 0, sum(body_of(gm, call).meta["flops"] for call in calls))
+        guard = self._guard(tuple(None if base is None else operands.index(base) for base in bases))
+        end, encoded = guard.build(lambda *xs: tuple(xs[i].clone() for i in at), values_of(operands))
+        slots = wiring.add_slots(region, encoded)
+        steering = wiring.steering(region)
+        for call in calls:
+            name = f"{call.args[1]}_guarded"
+            if not hasattr(gm, name):
+                body = body_of(gm, call)
+                values = values_of(placeholders(body.graph))
+                hollow = unwritten(values_of(outputs(body.graph)))
+                gm.add_submodule(name, cond_body(_interpreted(body), hollow, values))
+            set_body(gm, call, name, [*call.args[2:], steering[1]])  # type: ignore[list-item]
+
+        outside = {result: [user for user in result.users if user not in inside] for result in results}
+        gm.add_submodule("network_end", end)
+        with graph.inserting_before(inside[-1].next):
+            attr = graph.get_attr("network_end")
+            attr.meta["val"] = None
+            call = graph.call_function(invoke_subgraph, (attr, "network_end", *operands, *slots, *steering))
+        items = _items(call, values_of(outputs(end.graph)))
+        for result, item in zip(results, items):
+            for user in outside[result]:
+                user.replace_input_with(result, item)
+        wiring.collect(items[len(results) :], region)
+
+    def _guard_blocks(self, calls: Sequence[fx.Node], wiring: "_Wiring") -> list[Skip]:
+        gm = wiring.gm
+        sites: dict[str, list[_Site]] = {}
+        skips: list[Skip] = []
+        for call in calls:
+            name = str(call.args[1])
+            if name not in sites:
+                body, sites[name], why = self._guarded_body(body_of(gm, call), str(call.meta["block"]))
+                gm.add_submodule(f"{name}_guarded", body)
+                skips += why
+            operands = list(call.args[2:])
+            regions = []
+            for site in sites[name]:
+                region = wiring.add_region(f"{call.meta['block']}{site.suffix}", list(sites).index(name), site.flops)
+                operands += [*wiring.add_slots(region, site.encoded), *wiring.steering(region)]
+                regions.append(region)
+            num_results = len(call.meta["val"])
+            set_body(gm, call, f"{name}_guarded", operands)  # type: ignore[arg-type]
+            produced = _items(call, values_of(outputs(body_of(gm, call).graph)))[num_results:]
+            for region, site in zip(regions, sites[name]):
+                width = sum(map(len, site.encoded)) + 1
+                wiring.collect(produced[:width], region)
+                produced = produced[width:]
+        return skips
+
+    def _guarded_body(self, body: fx.GraphModule, name: str) -> tuple[fx.GraphModule, list["_Site"], list[Skip]]:
+        skips: list[Skip] = []
+        if self.level == "sublayer":
+            sublayers, found = find_sublayers(body, body.meta["bases"])
+            skips = [Skip(f"{name}/{skip.where}", skip.reason) for skip in found]
+            if sublayers:
+                return *self._guarded_sublayers(body, sublayers), skips
+            skips.append(Skip(name, "no sub-layers found; the whole block is guarded instead"))
+        guard = self._guard(body.meta["bases"])
+        guarded, encoded = guard.build(_interpreted(body), values_of(placeholders(body.graph)))
+        return guarded, [_Site("", body.meta["flops"], encoded)], skips
+
+    def _guarded_sublayers(
+        self, body: fx.GraphModule, sublayers: Sequence[SubLayer]
+    ) -> tuple[fx.GraphModule, list["_Site"]]:
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.output(graph.graph_copy(body.graph, copies))
+        owner = fx.GraphModule({}, graph)
+        sites, produced = [], []
+        kinds = [sub.kind for sub in sublayers]
+        for i, sub in enumerate(sublayers):
+            nodes, results = [copies[node] for node in sub.nodes], [copies[node] for node in sub.outputs]
+            nodes = separate_operands(nodes, ())
+            inputs = external_inputs(nodes)
+            part = outline(nodes, inputs, results)
+            guarded, encoded = self._guard((None,) * len(results)).build(_interpreted(part), values_of(inputs))
+            steering = _add_placeholders(graph, placeholders(guarded.graph)[len(inputs) :], f"_{i}")
+            items = _inline(graph, owner, guarded, [*inputs, *steering], nodes[-1].next, f"sublayer_{i}_")
+            inside = frozenset(nodes)
+            for result, item in zip(results, items):
+                for user in [user for user in result.users if user not in inside]:
+                    user.replace_input_with(result, item)
+            for node in reversed(nodes):
+                graph.erase_node(node)
+            produced += items[len(results) :]
+            number = f"{kinds[:i].count(sub.kind) + 1}" if kinds.count(sub.kind) > 1 else ""
+            sites.append(_Site(f"/{sub.kind}{number}", flops_of(part), encoded))
+        graph.output_node().args = ((*outputs(graph), *produced),)
+        owner.recompile()
+        return owner, sites
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A guarded place in a body: the end of its regions' names, its cost, and what stores one residual."""
+
+    suffix: str
+    flops: float
+    encoded: list[tuple[Tensor, ...]]
+
+
+class _Wiring:
+    """Adds the inputs and outputs of guards to the main graph; `finish` writes the interface."""
+
+    def __init__(self, gm: fx.GraphModule, depth: int) -> None:
+        self.gm, self.graph = gm, gm.graph
+        self.interface = Interface(depth=depth, num_outputs=len(outputs(gm.graph)))
+        self._rows: list[fx.Node] = []
+        self._values: list[fx.Node] = []
+        formals = placeholders(self.graph)
+        self._mode = next(node.meta["val"] for node in formals if is_tensor(node)).fake_mode
+        self._device = next(
+            n.meta["val"] for n in outputs(self.graph) if isinstance(n, fx.Node) and is_tensor(n)
+        ).device
+        self._last = formals[-1]
+        self._first = self._last.next
+        self._decisions, self._weights = self._placeholder("decisions"), self._placeholder("weights")
+
+    def _placeholder(self, name: str, val: Any = None) -> fx.Node:
+        with self.graph.inserting_after(self._last):
+            self._last = self.graph.placeholder(name)
+        self._last.meta["val"] = val
+        return self._last
+
+    def _empty(self, *size: int, dtype: torch.dtype, device: Any) -> Tensor:
+        with self._mode:
+            return torch.empty(size, dtype=dtype, device=device)
+
+    def add_region(self, name: str, group: int, flops: float) -> int:
+        self.interface.regions.append(RegionSpec(name, group, flops))
+        return len(self.interface.regions) - 1
+
+    def add_slots(self, region: int, encoded: Sequence[tuple[Tensor, ...]]) -> list[fx.Node]:
+        """Adds a region's slots as inputs, in the order of `Guard.slot_values`."""
+        for values in encoded:
+            shapes, dtypes = tuple(tuple(v.shape) for v in values), tuple(v.dtype for v in values)
+            self.interface.slots.append(SlotSpec(region, shapes, dtypes, values[0].device))
+        return [
+            self._placeholder(f"slot_{region}_{k}_{age}" + ("", "_scale")[part], value)
+            for age in range(self.interface.depth)
+            for k, values in enumerate(encoded)
+            for part, value in enumerate(values)
+        ]
+
+    def steering(self, region: int) -> list[fx.Node]:
+        """Returns the region's row of weights and its predicate."""
+        select = torch.ops.aten.select.int
+        with self.graph.inserting_before(self._first):
+            weights = self.graph.call_function(select, (self._weights, 0, region))
+            predicate = self.graph.call_function(select, (self._decisions, 0, region))
+        weights.meta["val"] = self._empty(self.interface.depth, dtype=torch.float32, device=self._device)
+        predicate.meta["val"] = self._empty(dtype=torch.bool, device="cpu")
+        return [weights, predicate]
+
+    def collect(self, produced: Sequence[fx.Node], region: int) -> None:
+        """Makes a region's new slot values and, last, its row of statistics outputs of the graph."""
+        assert len(self._rows) == region
+        *values, row = produced
+        self._values += values
+        self._rows.append(row)
+
+    def finish(self) -> None:
+        count, depth = len(self.interface.regions), self.interface.depth
+        self._decisions.meta["val"] = self._empty(count, dtype=torch.bool, device="cpu")
+        self._weights.meta["val"] = self._empty(count, depth, dtype=torch.float32, device=self._device)
+        with self.graph.inserting_before(self.graph.output_node()):
+            rows = self.graph.call_function(torch.ops.aten.stack.default, (self._rows,))
+        rows.meta["val"] = self._empty(count, len(Statistic), dtype=torch.float32, device=self._device)
+        self.graph.output_node().args = ((*outputs(self.graph), rows, *self._values),)
+        eliminate_dead_code(self.graph)
+        self.gm.meta["interface"] = self.interface
+
+
+def _interpreted(body: fx.GraphModule) -> Any:
+    return lambda *args: tuple(fx.Interpreter(body).run(*args))
+
+
+def _items(call: fx.Node, values: Sequence[Any]) -> list[fx.Node]:
+    """Returns a node for each result of a call, those that are there already and new ones."""
+    call.meta["val"] = tuple(values)
+    known = {user.args[1]: user for user in call.users if user.target is operator.getitem}
+    with call.graph.inserting_after(call):
+        for i, val in reversed(list(enumerate(values))):
+            if i not in known:
+                known[i] = call.graph.call_function(operator.getitem, (call, i))
+                known[i].meta["val"] = val
+    return [known[i] for i in range(len(values))]
+
+
+def _add_placeholders(graph: fx.Graph, formals: Sequence[fx.Node], suffix: str) -> list[fx.Node]:
+    last, added = placeholders(graph)[-1], []
+    for formal in formals:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"{formal.name}{suffix}")
+        last.meta["val"] = formal.meta["val"]
+        added.append(last)
+    return added
+
+
+def _inline(
+    graph: fx.Graph,
+    owner: fx.GraphModule,
+    part: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    before: fx.Node,
+    prefix: str = "",
+) -> list[fx.Node]:
+    """Copies the nodes of `part` into `graph`; graphs it refers to become submodules of `owner`."""
+    copies = dict(zip(placeholders(part.graph), operands))
+    with graph.inserting_before(before):
+        for node in part.graph.nodes:
+            if node.op == "get_attr":
+                owner.add_submodule(f"{prefix}{node.target}", getattr(part, node.target))
+                copies[node] = graph.get_attr(f"{prefix}{node.target}")
+            elif node.op == "call_function":
+                copies[node] = graph.node_copy(node, lambda old: copies[old])
+    return [copies[node] for node in outputs(part.graph)]
+
+
+def _between(calls: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns all that depends on the first call and comes no later than the results of the last, in order."""
+    nodes = list(calls[0].graph.nodes)
+    end = max(nodes.index(node) for node in calls[-1].users if node.target is operator.getitem)
+    reached: dict[fx.Node, None] = dict.fromkeys(calls)
+    for node in nodes[nodes.index(calls[0]) : end + 1]:
+        if any(arg in reached for arg in node.all_input_nodes):
+            reached[node] = None
+    return sorted(reached, key=nodes.index)
+
+
+def _same_layout(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()

@@ -1,0 +1,64 @@
+"""quantcache: a torch.compile backend that caches diffusion transformers inside the compiled graph.
+
+model = torch.compile(dit, backend="quantcache")
+"""
+
+from typing import Any
+
+from .errors import (
+    InvariantError,
+    OptionError,
+    PassError,
+    PlanError,
+    QuantCacheError,
+    UnsupportedModelError,
+)
+from .plan import Plan
+from .runtime import stream
+
+__all__ = [
+    "InvariantError",
+    "OptionError",
+    "PassError",
+    "Plan",
+    "PlanError",
+    "QuantCacheError",
+    "UnsupportedModelError",
+    "configure",
+    "explain",
+    "reset",
+    "stream",
+    "summary",
+]
+
+
+def reset(model: Any) -> None:
+    """Forgets the trajectories and slots of a compiled model; the next call starts a new trajectory."""
+    from .registry import runtime_of
+
+    runtime_of(model).reset()
+
+
+def configure(model: Any, **changes: Any) -> None:
+    """Changes a rule or a threshold of a compiled model without compiling again.
+
+    Raises:
+        OptionError: the option is unknown, its value wrong, or it would need a new graph.
+    """
+    from .registry import runtime_of
+
+    runtime_of(model).configure(**changes)
+
+
+def summary(model: Any) -> Any:
+    """Returns what the last trajectory of a compiled model computed and reused; prints as a table."""
+    from .summary import summarize
+
+    return summarize(model)
+
+
+def explain(model: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
+    """Returns what quantcache would do to a model, pass by pass, without compiling it; prints as a table."""
+    from .explain import explain as run
+
+    return run(model, *args, options=options, **kwargs)

@@ -1,0 +1,154 @@
+"""The composition root: Dynamo graph → passes → Inductor → runtime."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import sympy
+import torch
+import torch.compiler.config
+from torch import Tensor, fx
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import compile_fx
+
+import passes
+
+from . import diffusers_context, registry
+from .clock import find_clock, find_frames, find_latent
+from .errors import UnsupportedModelError
+from .graph import is_parameter, is_tensor, outputs, placeholders
+from .options import Options, parse_options
+from .pipeline import PassRun, run_passes, source_key
+from .runtime import GuardedGraph, Runtime
+
+if Path(passes.__file__).parent.parent != Path(__file__).parent.parent:
+    raise ImportError(
+        f"quantcache's package 'passes' is shadowed: expected it beside {Path(__file__).parent}, "
+        f"found {passes.__file__}; rename that folder or run from another directory"
+    )
+
+
+def quantcache(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    compiler: Callable[..., Any] = compile_fx,
+) -> Callable[..., Any]:
+    """The backend of `torch.compile(model, backend="quantcache", options={...})`.
+
+    Args:
+        gm: What Dynamo captured.
+        example_inputs: Its inputs; parameters are the real ones.
+        options: See `qc_compiler.options.Options`.
+        mode: Inductor's, e.g. `max-autotune-no-cudagraphs`.
+        compiler: What turns the rewritten graph into a function; tests run it as it stands.
+
+    Returns:
+        A function of the graph's inputs.
+
+    Raises:
+        OptionError: an option has an unknown name or a wrong value.
+        PlanError: the plan belongs to another model, or its file is damaged.
+        UnsupportedModelError: with `strict`, where the model would run as plain Inductor.
+    """
+    parsed = parse_options(options)
+    inductor = torch._inductor.list_mode_options(mode) if mode else {}
+    if parsed.exact:
+        return compiler(gm, list(example_inputs), config_patches=inductor)
+    runtime = registry.runtime_for(example_inputs, options or {}, parsed)
+    rewritten = fx.GraphModule(gm, _copy(gm))
+    rewritten.meta = dict(gm.meta)
+    try:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+            raise UnsupportedModelError(
+                "gradients are enabled, and cached residuals have none: call the model under torch.no_grad()"
+            )
+        runtime.reports = rewrite(rewritten, parsed)
+        graph = _guarded_graph(rewritten, len(example_inputs), runtime)
+    except UnsupportedModelError as error:
+        if parsed.strict:
+            raise
+        runtime.notes.append(str(error))
+        warnings.warn(f"quantcache runs this graph as plain Inductor: {error}", stacklevel=2)
+        return compiler(gm, list(example_inputs), config_patches=inductor)
+    diffusers_context.install()
+    slots = _example_slots(rewritten, len(example_inputs))
+    with torch.compiler.config.patch(  # type: ignore[attr-defined]
+        cache_key_tag=f"quantcache-{source_key()}"
+    ):
+        graph.compiled = compiler(rewritten, [*example_inputs, *slots], config_patches=inductor)
+    return graph
+
+
+def _guarded_graph(gm: fx.GraphModule, num_inputs: int, runtime: Runtime) -> GuardedGraph:
+    """Returns the callable of a rewritten graph, still to be given its compiled function.
+
+    Raises:
+        UnsupportedModelError: there is nothing to guard, or steps cannot be told apart.
+        PlanError: the plan belongs to another model.
+    """
+    options, interface = runtime.options, gm.meta.get("interface")
+    if interface is None:
+        skips = [f"{skip.where}: {skip.reason}" for run in runtime.reports for skip in run.report.skipped]
+        why = "; ".join(skips[:3]) or "no module list whose entries hold attention and a residual stream"
+        raise UnsupportedModelError(f"no transformer blocks were found ({why})")
+    formals = placeholders(gm.graph)[:num_inputs]
+    clock = find_clock(formals, options)
+    if clock is None and options.num_steps is None:
+        raise UnsupportedModelError(
+            "no timestep input was found, so steps cannot be told apart: pass options={'timestep': name of the "
+            "input} or options={'num_steps': steps of a trajectory}"
+        )
+    if options.plan is not None:
+        options.plan.check_model(fingerprint(gm), tuple(region.name for region in interface.regions))
+    runtime.interface, runtime.fingerprint = interface, fingerprint(gm)
+    result = next((node for node in outputs(gm.graph) if isinstance(node, fx.Node) and is_tensor(node)), None)
+    parameters = [i for i, node in enumerate(formals) if is_parameter(node)]
+    latent = find_latent(formals, result, clock)
+    return GuardedGraph(interface, runtime, clock, latent, parameters, _symbols(formals))
+
+
+def rewrite(gm: fx.GraphModule, options: Options) -> list[PassRun]:
+    """Runs the default pipeline over a Dynamo graph, in place."""
+    num_frames = options.num_frames or find_frames(gm)
+    return run_passes(gm, passes.default_pipeline(options, num_frames), options.disable)
+
+
+def fingerprint(gm: fx.GraphModule) -> str:
+    """Returns a hash of a model's structure: shapes and dtypes of its parameters and its regions' names."""
+    parameters = sorted(
+        f"{tuple(node.meta['val'].shape)}{node.meta['val'].dtype}"
+        for node in placeholders(gm.graph)
+        if is_parameter(node)
+    )
+    regions = [region.name for region in gm.meta["interface"].regions]
+    return hashlib.sha256(repr((parameters, regions)).encode()).hexdigest()
+
+
+def _copy(gm: fx.GraphModule) -> fx.Graph:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return graph
+
+
+def _example_slots(gm: fx.GraphModule, num_inputs: int) -> list[Tensor]:
+    """Returns fake tensors for the inputs that passes added, in the fake mode that Inductor will trace in."""
+    context = TracingContext.try_get()
+    formals = placeholders(gm.graph)[num_inputs:]
+    mode = context.fake_mode if context and context.fake_mode else formals[0].meta["val"].fake_mode
+    with mode:
+        return [
+            torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+            for node in formals
+        ]
+
+
+def _symbols(formals: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:
+    """Returns for each symbolic size the index of the input that carries it."""
+    return {
+        node.meta["val"].node.expr: i for i, node in enumerate(formals) if isinstance(node.meta["val"], torch.SymInt)
+    }

@@ -1,0 +1,79 @@
+"""What a rule sees, and what it returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..graph import Statistic
+
+
+@dataclass(frozen=True)
+class Step:
+    """One earlier step of a stream.
+
+    Attributes:
+        index: Number of the step in its trajectory, from 0.
+        computed: bool (R,): which regions were computed.
+        statistics: float32 (R, len(Statistic)); a row holds zeros where its region was reused.
+    """
+
+    index: int
+    computed: NDArray[np.bool_]
+    statistics: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class History:
+    """The earlier steps of one stream and the step to decide.
+
+    Attributes:
+        steps: Oldest first; never empty (the runtime computes everything at the first step by itself).
+        index: Number of the step to decide.
+        num_steps: Length of the trajectory, or None if it is not known yet.
+        regions: Names of the regions.
+    """
+
+    steps: Sequence[Step]
+    index: int
+    num_steps: int | None
+    regions: Sequence[str]
+
+    def computed_at(self, region: int) -> list[Step]:
+        """Returns the steps at which a region was computed, oldest first."""
+        return [step for step in self.steps if step.computed[region]]
+
+    def age(self, region: int) -> int:
+        """Returns how many steps ago a region was last computed (1: at the step before this one)."""
+        computed = self.computed_at(region)
+        return self.index - computed[-1].index if computed else self.index + 1
+
+    def rate(self, region: int, column: Statistic) -> float | None:
+        """Returns CHANGE per step, or MAGNITUDE's ratio per step, between the last two computed steps.
+
+        None until the region has been computed twice.
+        """
+        computed = self.computed_at(region)
+        if len(computed) < 2:
+            return None
+        gap = computed[-1].index - computed[-2].index
+        value = float(computed[-1].statistics[region, column])
+        return value ** (1 / gap) if column == Statistic.MAGNITUDE else value / gap
+
+    def near_end(self, count: int) -> bool:
+        """Whether this is one of the last `count` steps of a trajectory of known length."""
+        return self.num_steps is not None and self.index >= self.num_steps - count
+
+
+class Controller(ABC):
+    """A rule. Frozen, without state: the same history gives the same decision."""
+
+    @abstractmethod
+    def decide(self, history: History) -> NDArray[np.bool_]:
+        """Returns bool (R,): which regions to compute at this step."""
+
+
+def per_region(history: History, wants: "list[bool]") -> NDArray[np.bool_]:
+    return np.array(wants, dtype=np.bool_).reshape(len(history.regions))

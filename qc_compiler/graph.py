@@ -1,0 +1,319 @@
+"""What a pass is, and the few things every pass does to a graph.
+
+A graph here is functional pre-dispatch ATen, as `trace` makes it: no mutation, linears, attention and norms whole.
+The main graph calls *bodies*: submodules that equal blocks share (`invoke_subgraph`). `gm.meta["interface"]` holds
+the one record of what was added to the graph's inputs and outputs.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar
+
+import torch
+import torch.fx.traceback
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+invoke_subgraph = torch.ops.higher_order.invoke_subgraph
+cond = torch.ops.higher_order.cond
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A candidate that a pass left alone, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass did: how many candidates it rewrote, which it left alone."""
+
+    changed: int
+    skipped: tuple[Skip, ...] = ()
+
+
+class GraphPass(ABC):
+    """One rewrite of a graph, in place. Its options are its fields; it keeps no state and reads no environment.
+
+    The name is the class name in kebab case: `ShareBodies` is `share-bodies`.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @abstractmethod
+    def run(self, gm: fx.GraphModule) -> Report:
+        """Rewrites `gm` in place; the pipeline recompiles and verifies it."""
+
+
+class Statistic(IntEnum):
+    """The columns of the statistics tensor: float32, one row a region, zero where the region was reused."""
+
+    GAMMA = 0  # relL1(y, x) = mean|y − x| / mean|x|
+    CHANGE = 1  # relL1(Δ, Δ_cached) against the newest cached residual
+    MAGNITUDE = 2  # mean|Δ| / mean|Δ_cached|
+    COSINE = 3  # cosine of the region's input and output: its redundancy, read as SRAP's neighbour similarity
+    MOTION = 4  # Σ|Δ[f+1] − Δ[f]| / Σ(|Δ[f+1]| + |Δ[f]|) over frames; 1 for images
+
+
+@dataclass(frozen=True)
+class SlotSpec:
+    """One cached tensor of a region. Its history of `depth` values, newest first, enters as inputs.
+
+    Attributes:
+        region: Row of the region in `decisions`.
+        shapes: Shape of each tensor that stores one value (a compressed value takes two: codes and scales).
+        dtypes: Their dtypes.
+        device: Where they live.
+    """
+
+    region: int
+    shapes: tuple[tuple[Any, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class RegionSpec:
+    """One row of `decisions`: a region that is either computed or reused.
+
+    Attributes:
+        name: Module path, e.g. `blocks.3` or `blocks.3/mlp`; `network` for all blocks together.
+        group: Number of the group of equal blocks it belongs to.
+        flops: Floating point operations of one computation.
+    """
+
+    name: str
+    group: int
+    flops: float
+
+
+@dataclass
+class Interface:
+    """What the passes added to the inputs and outputs of the graph: all that the runtime must know.
+
+    Inputs: the model's, then `decisions` (bool, CPU, one element a region), `weights` (float32, region × depth),
+    then for each slot `depth` values. Outputs: the model's, then `statistics`, then each slot's new value.
+    """
+
+    regions: list[RegionSpec] = field(default_factory=list)
+    slots: list[SlotSpec] = field(default_factory=list)
+    depth: int = 1
+    num_outputs: int = 0
+    glue_flops: float = 0.0
+
+
+def trace(fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
+    """Traces `fn` to functional pre-dispatch ATen; metadata of an interpreted graph (module stacks) is kept.
+
+    Args:
+        fn: A function of tensors and symbolic integers that returns a flat tuple of them.
+        inputs: Fake tensors and SymInts; all in one fake mode.
+    """
+    mode = fake_mode_of(inputs)
+    inputs = tuple(_without_repeats(inputs, mode))
+    functional = dispatch_functionalize(fn, FunctionalTensorMode(pre_dispatch=True, export=True))
+    with torch.fx.traceback.preserve_node_meta(), torch.no_grad(), mode:
+        gm = make_fx(functional, pre_dispatch=True, tracing_mode="real")(*inputs)
+    eliminate_dead_code(gm.graph)
+    gm.recompile()
+    return gm
+
+
+def _without_repeats(values: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """Returns the values with a fake tensor of its own for each input: a tracer knows inputs by identity."""
+    seen: set[int] = set()
+    distinct = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and id(value) in seen:
+            with mode:
+                value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        seen.add(id(value))
+        distinct.append(value)
+    return distinct
+
+
+def eliminate_dead_code(graph: fx.Graph) -> None:
+    """Removes nodes without users. ATen is functional here, so only placeholders and the output stay regardless."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
+    return next(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor))
+
+
+def values_of(nodes: Sequence[fx.Node]) -> list[Any]:
+    return [node.meta["val"] for node in nodes]
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    """Returns the flat outputs of a graph: nodes, or constants that it returns."""
+    (value,) = graph.output_node().args
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def body_calls(gm: fx.GraphModule) -> list[fx.Node]:
+    """Returns the calls of shared bodies, in order."""
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is invoke_subgraph]
+
+
+def body_of(gm: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
+    """Returns the body that an `invoke_subgraph` node calls."""
+    return getattr(gm, call.args[0].target)  # type: ignore[union-attr, arg-type]
+
+
+def set_body(gm: fx.GraphModule, call: fx.Node, name: str, operands: Sequence[fx.Node]) -> None:
+    """Points a call at the body `name` of `gm`, with `operands`."""
+    with gm.graph.inserting_before(call):
+        attr = gm.graph.get_attr(name)
+    attr.meta["val"] = None
+    old = call.args[0]
+    call.args = (attr, name, *operands)
+    if isinstance(old, fx.Node) and not old.users:
+        gm.graph.erase_node(old)
+
+
+def submodules(gm: fx.GraphModule, prefix: str = "") -> Iterator[tuple[str, fx.GraphModule]]:
+    """Yields every graph under `gm` that a node refers to, with its dotted name, each once, outermost first."""
+    seen = set()
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and node.target not in seen:
+            seen.add(node.target)
+            child = getattr(gm, node.target, None)
+            if isinstance(child, fx.GraphModule):
+                name = f"{prefix}{node.target}"
+                yield name, child
+                yield from submodules(child, f"{name}.")
+
+
+_ROOT = re.compile(r"^(?:[A-Za-z_]\w*)?(?:\[['\"][^'\"]*['\"]\])")
+_DICT = re.compile(r"\.?(?:__dict__\[['\"])?_modules(?:['\"]\])?\[['\"]([^'\"]+)['\"]\]")
+
+
+def module_path(node: fx.Node) -> str:
+    """Returns the module path that made a node, such as `blocks.3.attn`; '' at the root.
+
+    All spellings that Dynamo writes are normalized here and nowhere else.
+
+    >>> normalize_path("L['self'].__dict__['_modules']['transformer_blocks'].3.attn1")
+    'transformer_blocks.3.attn1'
+    """
+    stack = node.meta.get("nn_module_stack")
+    return normalize_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def normalize_path(text: str) -> str:
+    path = _ROOT.sub("", text, count=1)
+    path = _DICT.sub(r".\1", path)
+    path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
+    return path.strip(".")
+
+
+def call_instance(node: fx.Node) -> int:
+    """Returns which call of the model a node belongs to when one graph holds several (0 for the first)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return 0
+    numbers = (re.search(r"@(\d+)$", key) for key in stack)
+    return max((int(found.group(1)) for found in numbers if found), default=0)
+
+
+def outline(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
+    """Copies `nodes` into a graph of their own that takes `inputs` and returns `results`; the originals stay."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, lambda old: copies[old])
+    graph.output(tuple(copies[node] for node in results))
+    return fx.GraphModule({}, graph)
+
+
+def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns what `nodes` read from outside, in the order of first use."""
+    inside = set(nodes)
+    found = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside)
+    return list(found)
+
+
+def separate_operands(nodes: Sequence[fx.Node], streams: Collection[fx.Node]) -> list[fx.Node]:
+    """Gives each operand of `nodes` a storage of its own, as `cond` demands; returns the nodes, some more in front.
+
+    Operands that are views of one tensor (chunks of a modulation) are taken as that tensor, and viewed again inside;
+    a stream that is a view of an operand is copied.
+    """
+    graph = nodes[0].graph
+    nodes = list(nodes)
+    sharing = [operand for operand in external_inputs(nodes) if is_tensor(operand) and not is_parameter(operand)]
+    by_storage: dict[Any, list[fx.Node]] = {}
+    for operand in sharing:
+        by_storage.setdefault(_storage(operand), []).append(operand)
+    for operands in by_storage.values():
+        if len(operands) > 1:
+            nodes = _take_apart(nodes, operands, streams)
+    return nodes
+
+
+def _take_apart(nodes: list[fx.Node], operands: Sequence[fx.Node], streams: Collection[fx.Node]) -> list[fx.Node]:
+    graph, inside = nodes[0].graph, set(nodes)
+    copies: dict[fx.Node, fx.Node] = {}
+    for operand in operands:
+        with graph.inserting_before(nodes[0]):
+            if operand in streams:
+                copies[operand] = graph.call_function(torch.ops.aten.clone.default, (operand,))
+                with operand.meta["val"].fake_mode:
+                    copies[operand].meta["val"] = operand.meta["val"].clone()
+            else:
+                for node in _view_chain(operand):
+                    if node not in copies:
+                        copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
+        operand.replace_all_uses_with(copies.get(operand, operand), lambda user: user in inside)
+    return [copy for node, copy in copies.items() if node not in streams] + nodes
+
+
+def _storage(node: fx.Node) -> Any:
+    val = node.meta["val"]
+    return StorageWeakRef((val[0] if isinstance(val, (tuple, list)) else val).untyped_storage())
+
+
+def _view_chain(node: fx.Node) -> list[fx.Node]:
+    """Returns the views that lead from the tensor which owns the storage to `node`, in order."""
+    chain: list[fx.Node] = []
+    while node.op == "call_function" and node.all_input_nodes:
+        parent = node.all_input_nodes[0]
+        if not (is_tensor(parent) or isinstance(parent.meta.get("val"), (tuple, list))):
+            break
+        if _storage(parent) != _storage(node):
+            break
+        chain.insert(0, node)
+        node = parent
+    return chain
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_symbolic_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder holds a parameter or buffer of the model."""
+    return bool(node.meta.get("parameter"))

@@ -1,0 +1,169 @@
+"""What a user may set: one flat dict, parsed into a frozen dataclass. Few options, checked by name and by value."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import OptionError, nearest
+from .plan import Plan
+
+LEVELS = ("output", "network", "group", "block", "sublayer")
+CACHES = ("off", "static", "hlc", "tdc", "first_block", "teacache", "magcache")
+CACHE_DTYPES = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+# Presets fill in what the user leaves open. Measured on the example model: benchmarks/results/quality.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"cache": "off"},
+    "high": {"cache": "hlc", "level": "network", "cache_order": 2, "max_skip": 1},
+    "balanced": {"cache": "hlc", "level": "network", "cache_order": 1, "max_skip": 2},
+    "fast": {"cache": "hlc", "level": "network", "cache_order": 1, "max_skip": 4},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of the backend.
+
+    Attributes:
+        preset: `exact`, `high`, `balanced` (what a bare `backend="quantcache"` uses) or `fast`.
+        cache: The rule that decides when to compute: `off`, `static`, `hlc`, `tdc`, `first_block`, `teacache`,
+            `magcache`.
+        level: What is guarded: `output`, `network`, `group`, `block` or `sublayer`; with `output+` in front
+            (`output+block`) a plan may also skip whole steps.
+        interval: Steps from one computation to the next (`static`).
+        cache_order: Order of the extrapolation of a reused residual: 0 repeats it, 1 and 2 extrapolate.
+        cache_dtype: How slots are stored: `model`, `int8` or `fp8` (a scale a token).
+        threshold: The rule's threshold; None takes the default that the rule documents.
+        max_skip: Most steps reused in a row; None takes the rule's default.
+        num_steps: Steps of a trajectory, if known. Needed where no timestep input is found.
+        plan: A `Plan` or the path of one; decides instead of `cache`.
+        strict: Raise `UnsupportedModelError` where quantcache would run plain Inductor.
+        timestep: Name of the timestep input, if it is not found by itself.
+        num_frames: Frames of the video after patching, for HLC's motion factor; None finds it, 1 for images.
+        disable: Exact names of passes to leave out.
+        process_group: With `True` (the default group) or a `ProcessGroup`, its ranks decide alike.
+    """
+
+    preset: str = "balanced"
+    cache: str = "hlc"
+    level: str = "network"
+    interval: int = 2
+    cache_order: int = 0
+    cache_dtype: str = "model"
+    threshold: float | None = None
+    max_skip: int | None = None
+    num_steps: int | None = None
+    plan: Plan | None = None
+    strict: bool = False
+    timestep: str | None = None
+    num_frames: int | None = None
+    disable: tuple[str, ...] = ()
+    process_group: Any = None
+
+    # Changing one of these needs no new graph: only the controller reads them.
+    STEERING = frozenset({"cache", "interval", "threshold", "max_skip", "num_steps", "process_group", "plan"})
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is to be done to the graph."""
+        return self.cache == "off" and self.plan is None
+
+    @property
+    def guards_output(self) -> bool:
+        return self.level.startswith("output")
+
+    @property
+    def graph_level(self) -> str | None:
+        """The level that the guard pass builds; groups are blocks that decide together."""
+        level = self.level.removeprefix("output").removeprefix("+")
+        return {"": None, "group": "block"}.get(level, level)
+
+    @property
+    def depth(self) -> int:
+        return self.plan.depth if self.plan else self.cache_order + 1
+
+
+def parse_options(options: Mapping[str, Any] | None) -> Options:
+    """Reads the dict that the user gave to `torch.compile(..., options=...)`.
+
+    Raises:
+        OptionError: an unknown name (with the nearest valid one) or a value out of range.
+        PlanError: `plan` is a path that holds no plan.
+    """
+    given = dict(options or {})
+    valid = {f.name for f in fields(Options)}
+    for name in given:
+        if name not in valid:
+            raise OptionError(f"unknown option {name!r}: {nearest(name, valid)}")
+    preset = given.get("preset", Options.preset)
+    _one_of("preset", preset, PRESETS)
+    explicit = "cache" in given or "plan" in given
+    values = {} if explicit else dict(PRESETS[preset])
+    if explicit and given.get("cache") in ("tdc", "first_block", "magcache"):
+        values["level"] = "block"
+    values |= given
+    plan = values.get("plan")
+    if isinstance(plan, (str, Path)):
+        plan = values["plan"] = Plan.load(plan)
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise OptionError(f"plan={plan!r}: expected a qc_compiler.Plan or the path of one")
+        values |= {"level": plan.level, "cache_order": plan.depth - 1}
+    if isinstance(values.get("disable"), str):
+        values["disable"] = (values["disable"],)
+    return check(Options(**values))
+
+
+def check(options: Options) -> Options:
+    """Returns the options if every value is valid.
+
+    Raises:
+        OptionError: naming the option, its value and what is valid.
+    """
+    _one_of("cache", options.cache, CACHES)
+    _one_of("cache_dtype", options.cache_dtype, CACHE_DTYPES)
+    _one_of("level", options.level.removeprefix("output+"), LEVELS)
+    if options.plan is None:
+        _at_least("cache_order", options.cache_order, 0)
+        if options.cache_order > 2:
+            raise OptionError(f"cache_order={options.cache_order}: expected 0, 1 or 2")
+    _at_least("interval", options.interval, 1)
+    for name in ("max_skip", "num_steps", "num_frames"):
+        if (value := getattr(options, name)) is not None:
+            _at_least(name, value, 0 if name == "max_skip" else 1)
+    if options.threshold is not None and not options.threshold >= 0:
+        raise OptionError(f"threshold={options.threshold}: expected a number of at least 0")
+    if options.cache == "first_block" and options.graph_level != "block":
+        raise OptionError(f"cache='first_block' compares block residuals: level={options.level!r} must be 'block'")
+    if options.cache == "teacache" and options.plan is None and options.graph_level is None:
+        raise OptionError(
+            "cache='teacache' reads the input of the first block: level='output' must be 'network' or finer"
+        )
+    return options
+
+
+def changed(options: Options, changes: Mapping[str, Any]) -> Options:
+    """Returns options with some steering values changed; no new graph is needed for them.
+
+    Raises:
+        OptionError: the name is unknown, or changing it would need another graph.
+    """
+    for name in changes:
+        if name not in Options.STEERING:
+            raise OptionError(
+                f"option {name!r} cannot change without a new torch.compile: {nearest(name, Options.STEERING)}"
+            )
+    return check(replace(options, **changes))
+
+
+def _one_of(name: str, value: Any, valid: Any) -> None:
+    if value not in valid:
+        raise OptionError(f"{name}={value!r}: {nearest(str(value), valid)}")
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{name}={value!r}: expected a whole number of at least {least}")

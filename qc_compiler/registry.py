@@ -1,0 +1,69 @@
+"""Finds the runtime of a model: by its parameters, since that is all a backend sees of it."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import QuantCacheError
+from .options import Options
+from .runtime import Runtime
+
+_lock = threading.Lock()
+_runtimes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # first parameter → {options: runtime}
+_without_parameters: dict[Any, Runtime] = {}
+
+
+def runtime_for(example_inputs: Sequence[Any], given: Mapping[str, Any], options: Options) -> Runtime:
+    """Returns the runtime that all graphs of one model under one set of options share."""
+    parameters = [x for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+    key = _key(given)
+    with _lock:
+        if not parameters:
+            return _without_parameters.setdefault(key, Runtime(options))
+        known = next((_runtimes[p] for p in parameters if p in _runtimes), None)
+        if known is None:
+            known = {}
+        for parameter in parameters:
+            _runtimes.setdefault(parameter, known)
+        if key not in known:
+            known[key] = Runtime(options)
+        known[key] = known.pop(key)  # the last one compiled comes last
+        return known[key]
+
+
+def runtime_of(model: Any) -> Runtime:
+    """Returns the runtime of a compiled model (or of the plain module that was compiled).
+
+    Raises:
+        QuantCacheError: the model has not run under quantcache yet.
+    """
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, torch.nn.Module):
+        raise QuantCacheError(f"expected a model that torch.compile returned, got {type(model).__name__}")
+    with _lock:
+        known: dict[Any, Runtime] = next((_runtimes[p] for p in module.parameters() if p in _runtimes), {})
+        given = _options_of(model)
+        if given is not None and _key(given) in known:
+            return known[_key(given)]
+        if given is None and known:
+            return next(reversed(known.values()))
+    raise QuantCacheError(
+        f"{type(module).__name__} has not run under quantcache yet: call torch.compile(model, backend='quantcache') "
+        "and run it once under torch.no_grad()"
+    )
+
+
+def _key(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    simple = (str, int, float, tuple, list, type(None))
+    return tuple(sorted((name, repr(v) if isinstance(v, simple) else id(v)) for name, v in given.items()))
+
+
+def _options_of(model: Any) -> Mapping[str, Any] | None:
+    """Returns the options a module was compiled with, or None if they cannot be seen from outside."""
+    callback = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    while callback is not None and not hasattr(callback, "compiler_name"):
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return None if callback is None else callback.kwargs.get("options", {})

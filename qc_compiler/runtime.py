@@ -1,0 +1,450 @@
+"""The only mutable state: where each trajectory stands, what its slots hold, what was decided.
+
+A call of a compiled graph goes: locate (which trajectory, stream, step?) → decide (rule or plan) → call the pure
+graph → commit. Nothing is committed before the graph returned, so a failure leaves the slots of the step before.
+
+Everything is kept per thread, per explicit stream name and per layout of the slots. Within a thread a trajectory is
+followed by its timestep: going on means the next step, the same one again means another stream (guidance), turning
+back means a new trajectory; so does an input that jumped further than one sampler step can take it.
+"""
+
+import contextlib
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .controllers import Controller, History, Step, controller
+from .errors import OptionError
+from .extrapolation import polynomial_weights
+from .graph import Interface, Statistic
+from .options import Options, changed
+from .plan import Plan
+
+_STREAM: ContextVar[str | None] = ContextVar("quantcache_stream", default=None)
+
+MAX_STREAMS = 8  # calls at one timestep; more than that is somebody timing a single step, not guidance
+JUMP = 1.0  # relL1 of an input to the call before: independent noise gives √2, one sampler step stays below 1
+KEPT_TRAJECTORIES = 8  # whose decisions `summary` can still show
+
+
+@contextlib.contextmanager
+def stream(name: str) -> Iterator[None]:
+    """Names the stream of the calls inside, e.g. "cond" and "uncond"; each name has slots of its own.
+
+    Needed only where calls cannot be told apart by themselves: interleaved requests, or a conditional call that is
+    sometimes left out.
+    """
+    token = _STREAM.set(name)
+    try:
+        yield
+    finally:
+        _STREAM.reset(token)
+
+
+@dataclass
+class StreamState:
+    """One stream of a trajectory.
+
+    Attributes:
+        steps: What was decided and measured, with the statistics still on the device until they are read.
+        history: For each region its computed steps, newest first: (coordinate, tensors of its slots).
+        sample: A few elements of the last input.
+        weights_version: Of the model's parameters when the slots were filled.
+    """
+
+    steps: list["_PendingStep"] = field(default_factory=list)
+    history: list[deque[tuple[float, list[Tensor]]]] = field(default_factory=list)
+    sample: NDArray[np.float32] | None = None
+    weights_version: int = 0
+    coordinates: list[float] = field(default_factory=list)
+
+    def clear_slots(self) -> None:
+        for slots in self.history:
+            slots.clear()
+
+
+@dataclass
+class _PendingStep:
+    """A step whose statistics may not have arrived on the host yet."""
+
+    index: int
+    timestep: float | None
+    computed: NDArray[np.bool_]
+    pending: Tensor | None
+    read: Step | None = None
+
+    def resolve(self) -> Step:
+        if self.read is None:
+            if self.pending is None:
+                rows = np.zeros((len(self.computed), len(Statistic)), dtype=np.float32)
+            else:
+                rows = self.pending.detach().cpu().numpy()
+            self.read, self.pending = Step(self.index, self.computed, rows), None
+        return self.read
+
+
+@dataclass
+class Trajectory:
+    """One sampling run of one thread: its steps so far and its streams."""
+
+    name: str | None
+    streams: list[StreamState] = field(default_factory=list)
+    timestep: float | None = None
+    direction: float = 0.0
+    step: int = -1
+    turn: int = -1  # which stream was called last at this timestep
+    num_steps: int | None = None
+    regions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a call belongs; written into the trajectory when the call has succeeded."""
+
+    trajectory: Trajectory
+    is_new: bool
+    step: int
+    turn: int
+
+
+class Runtime:
+    """The state of one model under one set of options; shared by all its graphs and threads."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.reports: list[Any] = []
+        self.interface: Interface | None = None
+        self.notes: list[str] = []
+        self.fingerprint = ""
+        self.trajectories: deque[Trajectory] = deque(maxlen=KEPT_TRAJECTORIES)
+        self.last_num_steps: int | None = None
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._generation = 0
+        self._warned: set[str] = set()
+        self.observer: Any = None  # calibration looks over our shoulder here
+
+    def configure(self, **changes: Any) -> None:
+        with self._lock:
+            self.options = changed(self.options, changes)
+
+    def reset(self) -> None:
+        """Forgets all trajectories and slots, in every thread."""
+        with self._lock:
+            self._generation += 1
+            self.trajectories.clear()
+
+    def warn_once(self, message: str) -> None:
+        with self._lock:
+            first = message not in self._warned
+            self._warned.add(message)
+        if first:
+            warnings.warn(f"quantcache: {message}", stacklevel=3)
+
+    def current(self, key: Any) -> Trajectory | None:
+        local = self._local
+        if getattr(local, "generation", None) != self._generation:
+            local.generation, local.trajectories = self._generation, {}
+        return local.trajectories.get(key)
+
+    def begin(self, key: Any, trajectory: Trajectory) -> None:
+        old = self.current(key)
+        if old is not None and old.step > 0:
+            self.last_num_steps = old.step + 1
+        self._local.trajectories[key] = trajectory
+        with self._lock:
+            self.trajectories.append(trajectory)
+
+    @property
+    def num_steps(self) -> int | None:
+        plan = self.options.plan
+        return self.options.num_steps or (plan.num_steps if plan else None) or self.last_num_steps
+
+
+class GuardedGraph:
+    """What the backend returns: a compiled pure graph and the state it is steered by.
+
+    Args:
+        interface: What the guard pass added.
+        runtime: Of the model.
+        clock: Index of the timestep among the inputs, or None.
+        latent: Index of the model's main input.
+        parameters: Indices of the parameters.
+        symbols: For each symbolic size the index of its SymInt input.
+    """
+
+    def __init__(
+        self,
+        interface: Interface,
+        runtime: Runtime,
+        clock: int | None,
+        latent: int | None,
+        parameters: Sequence[int],
+        symbols: dict[Any, int],
+    ) -> None:
+        self.compiled: Any = None  # (inputs, decisions, weights, slots) → (outputs, statistics, slots)
+        self.interface, self.runtime = interface, runtime
+        self.clock, self.latent, self.parameters, self.symbols = clock, latent, tuple(parameters), symbols
+        self.names = tuple(region.name for region in interface.regions)
+        self.output_region = self.names.index("output") if "output" in self.names else None
+        self._groups = np.array([region.group for region in interface.regions])
+        self._blanks: dict[Any, Tensor] = {}
+
+    def __call__(self, *inputs: Any) -> Any:
+        runtime, options = self.runtime, self.runtime.options
+        timestep = None if self.clock is None else _as_float(inputs[self.clock])
+        sample = _sample(inputs[self.latent]) if self.latent is not None else None
+        key = self._key(inputs)
+        position = self._locate(key, timestep, sample)
+        state = self._state(position)
+        version = self._parameters_version(inputs)
+        if state.weights_version != version:
+            state.clear_slots()
+        index = position.step
+        coordinate = float(index) if timestep is None else timestep
+        compute, weights = self._decide(state, position, coordinate, options)
+        if self.output_region is not None and not compute[self.output_region]:
+            compute = np.zeros_like(compute)
+            results = self._extrapolate_output(state, weights)
+            rows: Tensor | None = None
+            fresh: list[list[Tensor]] = []
+        else:
+            results, rows, fresh = self._run(inputs, state, compute, weights)
+        self._commit(key, position, state, timestep, coordinate, compute, rows, fresh)
+        state.sample, state.weights_version = sample, version
+        if runtime.observer is not None:
+            runtime.observer(self, position, timestep, inputs, results, fresh)
+        return results
+
+    # -- where are we? -----------------------------------------------------------------------------------------
+
+    def _key(self, inputs: Sequence[Any]) -> Any:
+        shape = tuple(inputs[self.latent].shape) if self.latent is not None else ()
+        device = inputs[self.latent].device if self.latent is not None else None
+        model = inputs[self.parameters[0]].data_ptr() if self.clock is None and self.parameters else 0
+        return (_STREAM.get(), self.names, shape, device, self.interface.depth, model)
+
+    def _locate(self, key: Any, timestep: float | None, sample: NDArray[np.float32] | None) -> Position:
+        now = self.runtime.current(key)
+        fresh = Position(Trajectory(key[0], regions=self.names, num_steps=self.runtime.num_steps), True, 0, 0)
+        if now is None:
+            return fresh
+        if timestep is None:  # no clock: steps are counted
+            total = self.runtime.num_steps
+            ends = total is not None and now.step + 1 >= total
+            return fresh if ends or self._jumped(now, 0, sample) else Position(now, False, now.step + 1, 0)
+        assert now.timestep is not None
+        if timestep == now.timestep:
+            turn = now.turn + 1
+            if turn >= MAX_STREAMS or (now.step > 0 and self._jumped(now, turn, sample)):
+                return fresh
+            return Position(now, False, now.step, turn)
+        direction = np.sign(timestep - now.timestep)
+        if (now.direction and direction != now.direction) or self._jumped(now, 0, sample):
+            return fresh
+        return Position(now, False, now.step + 1, 0)
+
+    @staticmethod
+    def _jumped(trajectory: Trajectory, turn: int, sample: NDArray[np.float32] | None) -> bool:
+        if sample is None or turn >= len(trajectory.streams):
+            return False
+        before = trajectory.streams[turn].sample
+        if before is None or before.shape != sample.shape:
+            return True
+        change = float(np.abs(sample - before).mean()) / (float(np.abs(before).mean()) + 1e-12)
+        return not change < JUMP
+
+    def _state(self, position: Position) -> StreamState:
+        streams = position.trajectory.streams
+        if not position.is_new and position.turn < len(streams):
+            return streams[position.turn]
+        depth = self.interface.depth
+        return StreamState(history=[deque(maxlen=depth) for _ in self.names])
+
+    def _parameters_version(self, inputs: Sequence[Any]) -> int:
+        tensors = [inputs[i] for i in self.parameters]
+        return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+
+    # -- what to compute? --------------------------------------------------------------------------------------
+
+    def _decide(
+        self, state: StreamState, position: Position, coordinate: float, options: Options
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        """Returns bool (R,) and float32 (R, depth)."""
+        steps = [step.resolve() for step in state.steps]
+        self._drop_bad_slots(state)
+        count, depth = len(self.names), self.interface.depth
+        empty = np.array([not slots for slots in state.history])
+        weights = np.zeros((count, depth), dtype=np.float32)
+        plan: Plan | None = options.plan
+        if plan is not None:
+            row = position.step if self.clock is None else plan.step_of(coordinate)
+            if row >= plan.num_steps:
+                raise OptionError(f"step {row + 1} of a plan for {plan.num_steps} steps: calibrate for more steps")
+            compute = plan.compute[row].copy()
+            short = np.array([len(slots) < _needed(plan.weights[row, r]) for r, slots in enumerate(state.history)])
+            weights[:, : plan.depth] = plan.weights[row]
+            compute |= short
+        else:
+            compute = np.ones(count, dtype=np.bool_)
+            if steps:
+                compute = self._by_rule(controller(options), steps, position)
+        compute |= empty
+        if self.output_region is not None and not compute[self.output_region]:
+            compute = np.arange(count) != self.output_region
+            compute &= False
+        compute = _agree(compute, options.process_group)
+        for r in np.flatnonzero(~compute):
+            if plan is None:
+                known = [c for c, _ in state.history[r]][: options.cache_order + 1]
+                weights[r, : len(known)] = polynomial_weights(known, coordinate)
+        return compute, weights
+
+    def _by_rule(self, rule: Controller, steps: list[Step], position: Position) -> NDArray[np.bool_]:
+        if self.runtime.options.level.endswith("group"):
+            steps = [_tied(step, self._groups) for step in steps]
+        num_steps = position.trajectory.num_steps
+        compute = rule.decide(History(steps, position.step, num_steps, self.names))
+        if "probe" in self.names:
+            compute[self.names.index("probe")] = True
+        return compute
+
+    def _drop_bad_slots(self, state: StreamState) -> None:
+        """Invariant 8: what NaN or Inf was seen in is not reused; the step is computed and the slots refilled."""
+        if not state.steps:
+            return
+        step = state.steps[-1].resolve()
+        bad = [self.names[r] for r in np.flatnonzero(~np.isfinite(step.statistics).all(axis=1))]
+        if bad and any(state.history):
+            state.clear_slots()
+            self.runtime.warn_once(
+                f"NaN or Inf in the statistics of {', '.join(bad[:3])}{' …' if len(bad) > 3 else ''}: "
+                "its slots are dropped and the next step is computed in full"
+            )
+
+    # -- the step itself ---------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        inputs: Sequence[Any],
+        state: StreamState,
+        compute: NDArray[np.bool_],
+        weights: NDArray[np.float32],
+    ) -> tuple[Any, Tensor, list[list[Tensor]]]:
+        slots: list[Tensor] = []
+        for r, history in enumerate(state.history):
+            blank = self._blank(r, inputs) if len(history) < self.interface.depth else []
+            for age in range(self.interface.depth):
+                slots += history[age][1] if age < len(history) else blank
+        device = self.interface.slots[0].device
+        steering = torch.from_numpy(weights).to(device, non_blocking=True)
+        produced = self.compiled(*inputs, torch.from_numpy(compute), steering, *slots)
+        num_outputs = self.interface.num_outputs
+        rows, values = produced[num_outputs], list(produced[num_outputs + 1 :])
+        fresh: list[list[Tensor]] = [[] for _ in self.names]
+        for slot in self.interface.slots:
+            for _ in slot.shapes:
+                fresh[slot.region].append(values.pop(0))
+        return produced[:num_outputs], rows, fresh
+
+    def _extrapolate_output(self, state: StreamState, weights: NDArray[np.float32]) -> tuple[Tensor, ...]:
+        r = self.output_region
+        assert r is not None
+        history = [tensors for _, tensors in state.history[r]]
+        results = []
+        for k, newest in enumerate(history[0]):
+            total = float(weights[r, 0]) * newest
+            for age in range(1, len(history)):
+                total = total.add(history[age][k], alpha=float(weights[r, age]))
+            results.append(total)
+        return tuple(results)
+
+    def _commit(
+        self,
+        key: Any,
+        position: Position,
+        state: StreamState,
+        timestep: float | None,
+        coordinate: float,
+        compute: NDArray[np.bool_],
+        rows: Tensor | None,
+        fresh: list[list[Tensor]],
+    ) -> None:
+        trajectory = position.trajectory
+        if position.is_new:
+            self.runtime.begin(key, trajectory)
+        if position.step > trajectory.step and trajectory.timestep is not None and timestep is not None:
+            trajectory.direction = float(np.sign(timestep - trajectory.timestep))
+        trajectory.timestep, trajectory.step, trajectory.turn = timestep, position.step, position.turn
+        if position.turn >= len(trajectory.streams):
+            trajectory.streams.append(state)
+        state.steps.append(_PendingStep(position.step, timestep, compute, rows))
+        for r in np.flatnonzero(compute):
+            if fresh and fresh[r]:
+                state.history[r].appendleft((coordinate, fresh[r]))
+        if trajectory.num_steps is not None and position.step + 1 >= trajectory.num_steps and self.clock is not None:
+            state.clear_slots()  # the trajectory is over: give its memory back
+
+    def _blank(self, region: int, inputs: Sequence[Any]) -> list[Tensor]:
+        """Returns zeros that stand for a slot not filled yet; one tensor for all slots of a shape."""
+        tensors = []
+        for slot in (slot for slot in self.interface.slots if slot.region == region):
+            for shape, dtype in zip(slot.shapes, slot.dtypes):
+                sizes = tuple(self._size(n, inputs) for n in shape)
+                kind = (sizes, dtype, slot.device)
+                if kind not in self._blanks:
+                    self._blanks[kind] = torch.zeros(sizes, device=slot.device).to(dtype)
+                tensors.append(self._blanks[kind])
+        return tensors
+
+    def _size(self, number: Any, inputs: Sequence[Any]) -> int:
+        if isinstance(number, int):
+            return number
+        values = {symbol: int(inputs[i]) for symbol, i in self.symbols.items()}
+        return int(number.node.expr.xreplace(values))
+
+
+def _as_float(timestep: Any) -> float:
+    """Returns a step's timestep; of a tensor its largest element (some models clamp single tokens to 0)."""
+    return float(timestep.detach().max()) if isinstance(timestep, Tensor) else float(timestep)
+
+
+def _sample(latent: Tensor) -> NDArray[np.float32]:
+    flat = latent.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
+
+
+def _needed(weights: NDArray[np.float32]) -> int:
+    """Returns how many earlier residuals a row of weights reads."""
+    used = np.flatnonzero(weights)
+    return int(used[-1]) + 1 if used.size else 0
+
+
+def _tied(step: Step, groups: NDArray[np.int_]) -> Step:
+    """Returns a step whose statistics are averaged over each group, so that a group decides as one."""
+    rows = step.statistics.copy()
+    for group in np.unique(groups):
+        rows[groups == group] = rows[groups == group].mean(axis=0)
+    return Step(step.index, step.computed, rows)
+
+
+def _agree(compute: NDArray[np.bool_], group: Any) -> NDArray[np.bool_]:
+    """Invariant 9: a region is computed on all ranks of the group if one of them wants to compute it."""
+    if not group:
+        return compute
+    import torch.distributed as dist
+
+    ranks = None if group is True else group
+    device = "cuda" if dist.get_backend(ranks) == "nccl" else "cpu"
+    votes = torch.from_numpy(compute.astype(np.int32)).to(device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=ranks)
+    return votes.cpu().numpy().astype(np.bool_)
