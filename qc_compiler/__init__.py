@@ -24,6 +24,7 @@ __all__ = [
     "PlanError",
     "QuantCacheError",
     "UnsupportedModelError",
+    "calibrate",
     "configure",
     "explain",
     "reset",
@@ -62,3 +63,10 @@ def explain(model: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
     from .explain import explain as run
 
     return run(model, *args, options=options, **kwargs)
+
+
+def calibrate(model: Any, generate: Any, share: float = 0.33, **kwargs: Any) -> Plan:
+    """Returns a plan that spends `share` of the block computations where they matter for this model."""
+    from .calibration import calibrate as run
+
+    return run(model, generate, share=share, **kwargs)

@@ -112,10 +112,12 @@ def _guarded_graph(gm: fx.GraphModule, num_inputs: int, runtime: Runtime) -> Gua
     return GuardedGraph(interface, runtime, clock, latent, parameters, _symbols(formals))
 
 
-def rewrite(gm: fx.GraphModule, options: Options) -> list[PassRun]:
-    """Runs the default pipeline over a Dynamo graph, in place."""
+def rewrite(
+    gm: fx.GraphModule, options: Options, watch: Callable[[str, fx.GraphModule], None] | None = None
+) -> list[PassRun]:
+    """Runs the default pipeline over a Dynamo graph, in place; `watch` sees the graph after each pass."""
     num_frames = options.num_frames or find_frames(gm)
-    return run_passes(gm, passes.default_pipeline(options, num_frames), options.disable)
+    return run_passes(gm, passes.default_pipeline(options, num_frames), options.disable, watch)
 
 
 def fingerprint(gm: fx.GraphModule) -> str:

@@ -258,7 +258,6 @@ def separate_operands(nodes: Sequence[fx.Node], streams: Collection[fx.Node]) ->
     Operands that are views of one tensor (chunks of a modulation) are taken as that tensor, and viewed again inside;
     a stream that is a view of an operand is copied.
     """
-    graph = nodes[0].graph
     nodes = list(nodes)
     sharing = [operand for operand in external_inputs(nodes) if is_tensor(operand) and not is_parameter(operand)]
     by_storage: dict[Any, list[fx.Node]] = {}

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,8 +25,13 @@ class PassRun:
     elapsed_ms: float
 
 
-def run_passes(gm: fx.GraphModule, passes: Sequence[GraphPass], disable: Sequence[str] = ()) -> list[PassRun]:
-    """Runs the passes over `gm` in order, in place.
+def run_passes(
+    gm: fx.GraphModule,
+    passes: Sequence[GraphPass],
+    disable: Sequence[str] = (),
+    watch: Callable[[str, fx.GraphModule], None] | None = None,
+) -> list[PassRun]:
+    """Runs the passes over `gm` in order, in place; `watch(name, gm)` is called after each.
 
     With `QC_DUMP=dir` in the environment the text form of the graph is written there after each pass.
 
@@ -55,6 +60,8 @@ def run_passes(gm: fx.GraphModule, passes: Sequence[GraphPass], disable: Sequenc
         gm.recompile()
         runs.append(PassRun(graph_pass.name, report, (time.perf_counter() - start) * 1e3))
         _dump(gm, number, graph_pass.name)
+        if watch is not None:
+            watch(graph_pass.name, gm)
     return runs
 
 

@@ -26,6 +26,7 @@ class _Header(BaseModel):
     fingerprint: str
     level: str
     regions: list[str]
+    streams: list[str]
     timesteps: list[float]
     measured: dict[str, float]
     checksum: str
@@ -41,7 +42,9 @@ class Plan:
         regions: Names of the regions, one a column.
         timesteps: What the model is called with at each step, in order; N of them.
         compute: bool (N, R): whether a region is computed at a step.
-        weights: float32 (N, R, depth): what a region that is reused multiplies its last residuals with, newest first.
+        weights: float32 (S, N, R, depth): what a region that is reused multiplies its last residuals with, newest
+            first, in each of S streams.
+        streams: Names of the streams: the user's, or "0", "1" … for the calls with one timestep, in order.
         measured: What calibration measured, e.g. `share` and `error`.
     """
 
@@ -51,14 +54,16 @@ class Plan:
     timesteps: tuple[float, ...]
     compute: NDArray[np.bool_]
     weights: NDArray[np.float32]
+    streams: tuple[str, ...] = ("0",)
     measured: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.timesteps), len(self.regions))
-        if self.compute.shape != shape or self.weights.shape[:2] != shape or self.weights.ndim != 3:
+        wanted = (len(self.streams), *shape)
+        if self.compute.shape != shape or self.weights.shape[:3] != wanted or self.weights.ndim != 4:
             raise PlanError(
                 f"a plan of {shape[0]} steps and {shape[1]} regions needs compute {shape} and weights "
-                f"{(*shape, 'depth')}, got {self.compute.shape} and {self.weights.shape}"
+                f"{(*wanted, 'depth')}, got {self.compute.shape} and {self.weights.shape}"
             )
         if not np.isfinite(self.weights).all():
             raise PlanError("the plan's weights are not all finite: calibrate again")
@@ -66,7 +71,7 @@ class Plan:
     @property
     def depth(self) -> int:
         """How many residuals a slot must remember."""
-        return int(self.weights.shape[2])
+        return int(self.weights.shape[3])
 
     @property
     def num_steps(self) -> int:
@@ -87,6 +92,10 @@ class Plan:
                 f"({known[0]:g}, {known[min(1, step)]:g} … {known[-1]:g}): calibrate for this schedule"
             )
         return step
+
+    def weights_of(self, stream: str, step: int) -> NDArray[np.float32]:
+        """Returns the weights (R, depth) of a step; a stream the plan does not know takes those of the first."""
+        return self.weights[self.streams.index(stream) if stream in self.streams else 0, step]
 
     def check_model(self, fingerprint: str, regions: tuple[str, ...]) -> None:
         """
@@ -110,6 +119,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "level": self.level,
             "regions": list(self.regions),
+            "streams": list(self.streams),
             "timesteps": list(map(float, self.timesteps)),
             "measured": self.measured,
         }
@@ -150,6 +160,7 @@ class Plan:
             tuple(header.timesteps),
             arrays["compute"].astype(np.bool_),
             arrays["weights"],
+            tuple(header.streams),
             header.measured,
         )
 

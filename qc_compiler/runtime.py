@@ -10,6 +10,7 @@ back means a new trajectory; so does an input that jumped further than one sampl
 
 import contextlib
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .controllers import Controller, History, Step, controller
-from .errors import OptionError
+from .errors import PlanError
 from .extrapolation import polynomial_weights
 from .graph import Interface, Statistic
 from .options import Options, changed
@@ -65,7 +66,6 @@ class StreamState:
     history: list[deque[tuple[float, list[Tensor]]]] = field(default_factory=list)
     sample: NDArray[np.float32] | None = None
     weights_version: int = 0
-    coordinates: list[float] = field(default_factory=list)
 
     def clear_slots(self) -> None:
         for slots in self.history:
@@ -115,6 +115,11 @@ class Position:
     step: int
     turn: int
 
+    @property
+    def stream(self) -> str:
+        """Name of the stream: the user's, or the number of the call among those with one timestep."""
+        return self.trajectory.name or str(self.turn)
+
 
 class Runtime:
     """The state of one model under one set of options; shared by all its graphs and threads."""
@@ -127,11 +132,13 @@ class Runtime:
         self.fingerprint = ""
         self.trajectories: deque[Trajectory] = deque(maxlen=KEPT_TRAJECTORIES)
         self.last_num_steps: int | None = None
+        self.peak_slot_bytes = 0
+        self.host_ms: deque[float] = deque(maxlen=512)  # time of a step outside the compiled graph
         self._lock = threading.Lock()
         self._local = threading.local()
         self._generation = 0
         self._warned: set[str] = set()
-        self.observer: Any = None  # calibration looks over our shoulder here
+        self.pilot: Any = None  # calibration: decides in place of the rule, and looks over our shoulder
 
     def configure(self, **changes: Any) -> None:
         with self._lock:
@@ -163,6 +170,11 @@ class Runtime:
         self._local.trajectories[key] = trajectory
         with self._lock:
             self.trajectories.append(trajectory)
+
+    def last_trajectories(self) -> list[Trajectory]:
+        """Returns the last trajectory, of each named stream if streams have names."""
+        with self._lock:
+            return list({trajectory.name: trajectory for trajectory in self.trajectories}.values())
 
     @property
     def num_steps(self) -> int | None:
@@ -200,7 +212,7 @@ class GuardedGraph:
         self._blanks: dict[Any, Tensor] = {}
 
     def __call__(self, *inputs: Any) -> Any:
-        runtime, options = self.runtime, self.runtime.options
+        runtime, start = self.runtime, time.perf_counter()
         timestep = None if self.clock is None else _as_float(inputs[self.clock])
         sample = _sample(inputs[self.latent]) if self.latent is not None else None
         key = self._key(inputs)
@@ -211,18 +223,19 @@ class GuardedGraph:
             state.clear_slots()
         index = position.step
         coordinate = float(index) if timestep is None else timestep
-        compute, weights = self._decide(state, position, coordinate, options)
+        compute, weights = self._decide(state, position, coordinate, inputs)
         if self.output_region is not None and not compute[self.output_region]:
             compute = np.zeros_like(compute)
             results = self._extrapolate_output(state, weights)
-            rows: Tensor | None = None
+            inside, rows = 0.0, None
             fresh: list[list[Tensor]] = []
         else:
-            results, rows, fresh = self._run(inputs, state, compute, weights)
+            results, rows, fresh, inside = self._run(inputs, state, compute, weights)
         self._commit(key, position, state, timestep, coordinate, compute, rows, fresh)
         state.sample, state.weights_version = sample, version
-        if runtime.observer is not None:
-            runtime.observer(self, position, timestep, inputs, results, fresh)
+        runtime.host_ms.append((time.perf_counter() - start - inside) * 1e3)
+        if runtime.pilot is not None:
+            runtime.pilot.observe(self, position, timestep, inputs, results)
         return results
 
     # -- where are we? -----------------------------------------------------------------------------------------
@@ -277,46 +290,47 @@ class GuardedGraph:
     # -- what to compute? --------------------------------------------------------------------------------------
 
     def _decide(
-        self, state: StreamState, position: Position, coordinate: float, options: Options
+        self, state: StreamState, position: Position, coordinate: float, inputs: Sequence[Any]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
         """Returns bool (R,) and float32 (R, depth)."""
-        steps = [step.resolve() for step in state.steps]
         self._drop_bad_slots(state)
-        count, depth = len(self.names), self.interface.depth
-        empty = np.array([not slots for slots in state.history])
-        weights = np.zeros((count, depth), dtype=np.float32)
-        plan: Plan | None = options.plan
-        if plan is not None:
-            row = position.step if self.clock is None else plan.step_of(coordinate)
-            if row >= plan.num_steps:
-                raise OptionError(f"step {row + 1} of a plan for {plan.num_steps} steps: calibrate for more steps")
-            compute = plan.compute[row].copy()
-            short = np.array([len(slots) < _needed(plan.weights[row, r]) for r, slots in enumerate(state.history)])
-            weights[:, : plan.depth] = plan.weights[row]
-            compute |= short
-        else:
-            compute = np.ones(count, dtype=np.bool_)
-            if steps:
-                compute = self._by_rule(controller(options), steps, position)
-        compute |= empty
-        if self.output_region is not None and not compute[self.output_region]:
-            compute = np.arange(count) != self.output_region
-            compute &= False
+        options, pilot = self.runtime.options, self.runtime.pilot
+        decided = pilot.decide(self, position, state, inputs) if pilot is not None else None
+        if decided is None:
+            decided = self._by_plan(options.plan, position, coordinate) if options.plan else None
+        if decided is None:
+            decided = self._by_rule(controller(options), state, position, coordinate)
+        compute, weights = decided[0].copy(), decided[1]
+        compute |= [len(slots) < max(1, _needed(row)) for slots, row in zip(state.history, weights)]
         compute = _agree(compute, options.process_group)
-        for r in np.flatnonzero(~compute):
-            if plan is None:
-                known = [c for c, _ in state.history[r]][: options.cache_order + 1]
-                weights[r, : len(known)] = polynomial_weights(known, coordinate)
+        if self.output_region is not None and not compute[self.output_region]:
+            compute[:] = False  # nothing runs at all
         return compute, weights
 
-    def _by_rule(self, rule: Controller, steps: list[Step], position: Position) -> NDArray[np.bool_]:
+    def _by_plan(
+        self, plan: Plan, position: Position, coordinate: float
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        step = plan.step_of(coordinate) if self.clock is not None else position.step
+        if step >= plan.num_steps:
+            raise PlanError(f"step {step + 1} of a plan for {plan.num_steps} steps: calibrate for more steps")
+        return plan.compute[step], plan.weights_of(position.stream, step)
+
+    def _by_rule(
+        self, rule: Controller, state: StreamState, position: Position, coordinate: float
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        steps = [step.resolve() for step in state.steps]
         if self.runtime.options.level.endswith("group"):
             steps = [_tied(step, self._groups) for step in steps]
-        num_steps = position.trajectory.num_steps
-        compute = rule.decide(History(steps, position.step, num_steps, self.names))
+        compute = np.ones(len(self.names), dtype=np.bool_)
+        if steps:
+            compute = rule.decide(History(steps, position.step, position.trajectory.num_steps, self.names))
         if "probe" in self.names:
             compute[self.names.index("probe")] = True
-        return compute
+        weights = np.zeros((len(self.names), self.interface.depth), dtype=np.float32)
+        for row, slots in zip(weights, state.history):
+            known = [at for at, _ in slots]
+            row[: len(known)] = polynomial_weights(known, coordinate)
+        return compute, weights
 
     def _drop_bad_slots(self, state: StreamState) -> None:
         """Invariant 8: what NaN or Inf was seen in is not reused; the step is computed and the slots refilled."""
@@ -339,7 +353,8 @@ class GuardedGraph:
         state: StreamState,
         compute: NDArray[np.bool_],
         weights: NDArray[np.float32],
-    ) -> tuple[Any, Tensor, list[list[Tensor]]]:
+    ) -> tuple[Any, Tensor, list[list[Tensor]], float]:
+        """Returns results, statistics, new slot values of each region, and the seconds spent in the graph."""
         slots: list[Tensor] = []
         for r, history in enumerate(state.history):
             blank = self._blank(r, inputs) if len(history) < self.interface.depth else []
@@ -347,14 +362,19 @@ class GuardedGraph:
                 slots += history[age][1] if age < len(history) else blank
         device = self.interface.slots[0].device
         steering = torch.from_numpy(weights).to(device, non_blocking=True)
+        start = time.perf_counter()
         produced = self.compiled(*inputs, torch.from_numpy(compute), steering, *slots)
+        inside = time.perf_counter() - start
         num_outputs = self.interface.num_outputs
         rows, values = produced[num_outputs], list(produced[num_outputs + 1 :])
         fresh: list[list[Tensor]] = [[] for _ in self.names]
         for slot in self.interface.slots:
             for _ in slot.shapes:
                 fresh[slot.region].append(values.pop(0))
-        return produced[:num_outputs], rows, fresh
+        if compute.all():
+            num_bytes = self.interface.depth * sum(t.nbytes for tensors in fresh for t in tensors)
+            self.runtime.peak_slot_bytes = max(self.runtime.peak_slot_bytes, num_bytes)
+        return produced[:num_outputs], rows, fresh, inside
 
     def _extrapolate_output(self, state: StreamState, weights: NDArray[np.float32]) -> tuple[Tensor, ...]:
         r = self.output_region

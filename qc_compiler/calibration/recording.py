@@ -1,0 +1,68 @@
+"""Looks over the runtime's shoulder: what went into a model and came out of it at every step of a trajectory."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime import GuardedGraph, Position
+
+
+@dataclass
+class Recording:
+    """One trajectory in which every step was computed.
+
+    Attributes:
+        timesteps: In order; N of them.
+        inputs: For each stream N flat samples, float32 on the CPU.
+        outputs: For each stream N flat predictions, float32 on the CPU.
+    """
+
+    timesteps: list[float] = field(default_factory=list)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def decide(self, *_: Any) -> None:
+        """Leaves the decision to the rule, which computes everything."""
+
+    def observe(
+        self, graph: GuardedGraph, position: Position, timestep: float | None, inputs: Any, results: Any
+    ) -> None:
+        """Takes one call of the model."""
+        if position.step == len(self.timesteps):
+            self.timesteps.append(float(position.step) if timestep is None else timestep)
+        assert graph.latent is not None
+        self.inputs.setdefault(position.stream, []).append(flat(inputs[graph.latent]))
+        self.outputs.setdefault(position.stream, []).append(flat(results[0]))
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    def gram(self) -> Tensor:
+        """Returns the inner products of the predictions of all steps, float64 (N, N), summed over the streams."""
+        stacks = [torch.stack(outputs).double() for outputs in self.outputs.values()]
+        return sum((stack @ stack.T for stack in stacks), torch.zeros(()))
+
+    def feedback(self, step: int) -> float:
+        """Returns how much of the sample's deviation the next prediction can take back: a / b of the sampler's step
+
+            x_{i+1} = a·x_i + Σ_streams b_s·v_i + Σ_streams c_s·v_{i−1},      b = Σ b_s
+
+        fitted to the recorded trajectory. 0 where the step is not of that form (a stochastic sampler) or is the last.
+        """
+        if step + 1 >= self.num_steps:
+            return 0.0
+        previous = [outputs[step - 1] for outputs in self.outputs.values()] if step else []
+        first = next(iter(self.inputs.values()))
+        columns = [first[step], *(outputs[step] for outputs in self.outputs.values()), *previous]
+        basis, target = torch.stack(columns, dim=1).double(), first[step + 1].double()
+        solution = torch.linalg.lstsq(basis, target[:, None], driver="gelsd").solution[:, 0]
+        residual = (basis @ solution - target).norm() / target.norm()
+        b = float(solution[1 : 1 + len(self.outputs)].sum())
+        return float(solution[0]) / b if residual < 0.01 and abs(b) > 1e-6 else 0.0
+
+
+def flat(value: Tensor) -> Tensor:
+    return value.detach().reshape(-1).float().cpu()

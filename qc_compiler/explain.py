@@ -1,0 +1,137 @@
+"""What quantcache would do to a model, without compiling it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+from torch import fx
+
+from .backend import rewrite
+from .clock import find_clock, find_latent
+from .errors import UnsupportedModelError
+from .graph import Skip, body_calls, body_of, is_tensor, outputs, placeholders
+from .options import parse_options
+from .pipeline import PassRun
+from .regions import find_sublayers
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One graph of the model (a graph break makes several).
+
+    Attributes:
+        runs: What each pass changed, and what it skipped with which reason.
+        regions: Lines of the region tree: group, block, sub-layers with their heads.
+        timestep, sample: Names of the inputs that steps are told by.
+        slot_bytes: One stream's slots when full; None with symbolic sizes.
+        plain: Why this graph would run as plain Inductor; None if it is cached.
+    """
+
+    runs: tuple[PassRun, ...]
+    regions: tuple[tuple[str, ...], ...]
+    timestep: str | None
+    sample: str | None
+    slot_bytes: int | None
+    plain: str | None
+
+    @property
+    def skipped(self) -> tuple[Skip, ...]:
+        return tuple(skip for run in self.runs for skip in run.report.skipped)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What happens to each graph of a model; prints as tables."""
+
+    graphs: tuple[GraphExplanation, ...]
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            for number, graph in enumerate(self.graphs):
+                table = Table(title=f"graph {number}", title_justify="left")
+                for heading in ("pass", "changed", "ms", "left alone, and why"):
+                    table.add_column(heading, justify="right" if heading in ("changed", "ms") else "left")
+                for run in graph.runs:
+                    reasons = "\n".join(f"{skip.where}: {skip.reason}" for skip in run.report.skipped)
+                    table.add_row(run.name, str(run.report.changed), f"{run.elapsed_ms:.0f}", reasons)
+                console.print(table)
+                tree = Tree("network")
+                for block, *parts in graph.regions:
+                    branch = tree.add(block)
+                    for part in parts:
+                        branch.add(part)
+                console.print(tree)
+                if graph.plain:
+                    console.print(f"runs as plain Inductor: {graph.plain}", highlight=False)
+                else:
+                    size = "symbolic" if graph.slot_bytes is None else f"{graph.slot_bytes / 2**20:.2f} MiB"
+                    console.print(
+                        f"timestep {graph.timestep} · sample {graph.sample} · slots {size} a stream", highlight=False
+                    )
+        return capture.get()
+
+
+def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
+    """Runs the passes over the graphs that `model(*args, **kwargs)` traces to, and the model itself eagerly.
+
+    Args:
+        model: Plain or compiled.
+        args, kwargs: Of its forward.
+        options: As for the backend.
+    """
+    module = getattr(model, "_orig_mod", model)
+    parsed = parse_options(options)
+    graphs: list[GraphExplanation] = []
+
+    def explaining_backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        copy = fx.GraphModule(gm, fx.Graph())
+        copy.graph.output(copy.graph.graph_copy(gm.graph, {}))
+        copy.meta = dict(gm.meta)
+        graphs.append(_explain_graph(copy, len(example_inputs), parsed))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(module, backend=explaining_backend)(*args, **kwargs)
+    return Explanation(tuple(graphs))
+
+
+def _explain_graph(gm: fx.GraphModule, num_inputs: int, options: Any) -> GraphExplanation:
+    if options.exact:
+        return GraphExplanation((), (), None, None, 0, "everything is off (preset 'exact' or cache 'off')")
+    try:
+        tree: list[tuple[str, ...]] = []
+        runs = rewrite(gm, options, lambda name, now: tree.extend(_tree(now)) if name == "share-bodies" else None)
+    except UnsupportedModelError as error:
+        return GraphExplanation((), (), None, None, 0, str(error))
+    formals = placeholders(gm.graph)[:num_inputs]
+    clock = find_clock(formals, options)
+    result = next((node for node in outputs(gm.graph) if isinstance(node, fx.Node) and is_tensor(node)), None)
+    latent = find_latent(formals, result, clock)
+    plain = None
+    if "interface" not in gm.meta:
+        plain = "no transformer blocks were found"
+    elif clock is None and options.num_steps is None:
+        plain = "no timestep input was found"
+    names = [None if i is None else str(formals[i].meta.get("source")) for i in (clock, latent)]
+    slots = [node.meta["val"] for node in placeholders(gm.graph)[num_inputs + 2 :]]
+    sizes = [value.nbytes for value in slots]
+    total = sum(sizes) if all(isinstance(size, int) for size in sizes) else None
+    return GraphExplanation(tuple(runs), tuple(tree), names[0], names[1], total, plain)
+
+
+def _tree(gm: fx.GraphModule) -> list[tuple[str, ...]]:
+    """Returns for each block its name, group and sub-layers."""
+    lines = []
+    for call in body_calls(gm):
+        body = body_of(gm, call)
+        sublayers, _ = find_sublayers(body, body.meta["bases"])
+        streams = sum(base is not None for base in body.meta["bases"])
+        head = f"{call.meta['block']}  group {call.args[1]}, {streams} stream" + ("s" if streams != 1 else "")
+        parts = [f"{sub.kind}" + (f", {sub.num_heads} heads" if sub.num_heads else "") for sub in sublayers]
+        lines.append((head, *parts))
+    return lines

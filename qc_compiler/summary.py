@@ -1,0 +1,139 @@
+"""What the last trajectory of a model computed and reused: as data, as a table, as a picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from .errors import QuantCacheError
+from .graph import RegionSpec, Statistic
+from .registry import runtime_of
+
+
+@dataclass(frozen=True)
+class StreamSummary:
+    """One stream of a trajectory.
+
+    Attributes:
+        name: The user's name for it, or the number of the call among those with one timestep.
+        timesteps: Of its steps; None where the model has no timestep input.
+        computed: bool (N, R): which region was computed at which step.
+        statistics: float32 (N, R, len(Statistic)), zero where a region was reused.
+        slot_bytes: What its slots hold now.
+    """
+
+    name: str
+    timesteps: tuple[float | None, ...]
+    computed: NDArray[np.bool_]
+    statistics: NDArray[np.float32]
+    slot_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The last trajectory of a compiled model; prints as a table.
+
+    Attributes:
+        regions: The rows of the map.
+        streams: Of the last trajectory.
+        peak_slot_bytes: The most that the slots of one stream can hold.
+        overhead_ms: Median time a step spends on the host, outside the compiled graph.
+        notes: Why graphs of this model run as plain Inductor, if any do.
+    """
+
+    regions: tuple[RegionSpec, ...]
+    streams: tuple[StreamSummary, ...]
+    peak_slot_bytes: int
+    overhead_ms: float
+    notes: tuple[str, ...]
+
+    @property
+    def computed_share(self) -> float:
+        """Part of the block computations that was run, weighted by their floating point operations."""
+        return computed_share(self.regions, [stream.computed for stream in self.streams])
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the step × region map of every stream into a PNG."""
+        from .plot import draw_map
+
+        draw_map(self, path)
+
+    def __str__(self) -> str:
+        console = Console(width=110)
+        with console.capture() as capture:
+            for stream in self.streams:
+                console.print(self._table(stream))
+            streams = f"{len(self.streams)} stream" + ("s" if len(self.streams) != 1 else "")
+            console.print(
+                f"computed share {self.computed_share:.3f} over {streams} · slots at most "
+                f"{_bytes(self.peak_slot_bytes)} a stream · host {self.overhead_ms:.2f} ms a step",
+                highlight=False,
+            )
+            for note in self.notes:
+                console.print(f"plain Inductor: {note}", highlight=False)
+        return capture.get()
+
+    def _table(self, stream: StreamSummary) -> Table:
+        table = Table(title=f"stream {stream.name}: {len(stream.computed)} steps", title_justify="left")
+        for heading in ("region", "computed", "Γ", "change", "cosine", "motion"):
+            table.add_column(heading, justify="left" if heading == "region" else "right")
+        table.add_column("steps (█ computed, · reused)")
+        for r, region in enumerate(self.regions):
+            ran = stream.computed[:, r]
+            rows = stream.statistics[ran, r]
+            later = rows[1:] if len(rows) > 1 else rows  # the first has nothing to compare with
+            columns = (Statistic.GAMMA, Statistic.CHANGE, Statistic.COSINE, Statistic.MOTION)
+            means = [f"{later[:, c].mean():.3f}" if len(rows) > 1 else "–" for c in columns]
+            marks = "".join("█" if run else "·" for run in ran)
+            table.add_row(region.name, f"{ran.sum()}/{len(ran)}", *means, marks)
+        return table
+
+
+def computed_share(regions: Sequence[RegionSpec], computed: Sequence[NDArray[np.bool_]]) -> float:
+    """Returns Σ FLOPs of computed regions / Σ FLOPs of all; a step that skips the output computes nothing.
+
+    Where only the output is guarded, a computed step counts as one.
+    """
+    flops = np.array([region.flops for region in regions])
+    if not flops.any():
+        flops = np.ones(len(regions))
+    total = sum(len(steps) for steps in computed) * flops.sum()
+    return float(sum((steps @ flops).sum() for steps in computed) / total) if total else 0.0
+
+
+def summarize(model: Any) -> Summary:
+    """
+    Raises:
+        QuantCacheError: the model has not run under quantcache yet.
+    """
+    runtime = runtime_of(model)
+    interface = runtime.interface
+    if interface is None:
+        raise QuantCacheError("nothing is cached for this model: " + ("; ".join(runtime.notes) or "it has not run yet"))
+    trajectories = runtime.last_trajectories()
+    streams = [
+        StreamSummary(
+            trajectory.name or str(turn),
+            tuple(step.timestep for step in state.steps),
+            np.array([step.computed for step in state.steps]),
+            np.array([step.resolve().statistics for step in state.steps]),
+            sum(t.nbytes for slots in state.history for _, tensors in slots for t in tensors),
+        )
+        for trajectory in trajectories
+        for turn, state in enumerate(trajectory.streams)
+    ]
+    overhead = float(np.median(runtime.host_ms)) if runtime.host_ms else 0.0
+    return Summary(tuple(interface.regions), tuple(streams), runtime.peak_slot_bytes, overhead, tuple(runtime.notes))
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.2f} GiB"
