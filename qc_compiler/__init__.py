@@ -53,14 +53,14 @@ def configure(model: Any, **changes: Any) -> None:
 
 def summary(model: Any) -> Any:
     """Returns what the last trajectory of a compiled model computed and reused; prints as a table."""
-    from .summary import summarize
+    from .trajectory_summary import summarize
 
     return summarize(model)
 
 
 def explain(model: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
     """Returns what quantcache would do to a model, pass by pass, without compiling it; prints as a table."""
-    from .explain import explain as run
+    from .explanation import explain as run
 
     return run(model, *args, options=options, **kwargs)
 

@@ -10,7 +10,6 @@ import sympy
 import torch
 import torch.compiler.config
 from torch import Tensor, fx
-from torch._guards import TracingContext
 from torch._inductor.compile_fx import compile_fx
 
 import passes
@@ -19,6 +18,7 @@ from . import diffusers_context, registry
 from .clock import find_clock, find_frames, find_latent
 from .errors import UnsupportedModelError
 from .graph import is_parameter, is_tensor, outputs, placeholders
+from .inductor import compile_graph
 from .options import Options, parse_options
 from .pipeline import PassRun, run_passes, source_key
 from .runtime import GuardedGraph, Runtime
@@ -36,7 +36,8 @@ def quantcache(
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-    compiler: Callable[..., Any] = compile_fx,
+    compile_plain: Callable[..., Any] = compile_fx,
+    compile_guarded: Callable[..., Any] = compile_graph,
 ) -> Callable[..., Any]:
     """The backend of `torch.compile(model, backend="quantcache", options={...})`.
 
@@ -45,7 +46,8 @@ def quantcache(
         example_inputs: Its inputs; parameters are the real ones.
         options: See `qc_compiler.options.Options`.
         mode: Inductor's, e.g. `max-autotune-no-cudagraphs`.
-        compiler: What turns the rewritten graph into a function; tests run it as it stands.
+        compile_plain, compile_guarded: What turns an untouched and a rewritten graph into a function; tests replace
+            them to run graphs as they stand.
 
     Returns:
         A function of the graph's inputs.
@@ -58,7 +60,7 @@ def quantcache(
     parsed = parse_options(options)
     inductor = torch._inductor.list_mode_options(mode) if mode else {}
     if parsed.exact:
-        return compiler(gm, list(example_inputs), config_patches=inductor)
+        return compile_plain(gm, list(example_inputs), config_patches=inductor)
     runtime = registry.runtime_for(example_inputs, options or {}, parsed)
     rewritten = fx.GraphModule(gm, _copy(gm))
     rewritten.meta = dict(gm.meta)
@@ -74,13 +76,12 @@ def quantcache(
             raise
         runtime.notes.append(str(error))
         warnings.warn(f"quantcache runs this graph as plain Inductor: {error}", stacklevel=2)
-        return compiler(gm, list(example_inputs), config_patches=inductor)
+        return compile_plain(gm, list(example_inputs), config_patches=inductor)
     diffusers_context.install()
-    slots = _example_slots(rewritten, len(example_inputs))
     with torch.compiler.config.patch(  # type: ignore[attr-defined]
         cache_key_tag=f"quantcache-{source_key()}"
     ):
-        graph.compiled = compiler(rewritten, [*example_inputs, *slots], config_patches=inductor)
+        graph.compiled = compile_guarded(rewritten, config_patches=inductor)
     return graph
 
 
@@ -135,18 +136,6 @@ def _copy(gm: fx.GraphModule) -> fx.Graph:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     return graph
-
-
-def _example_slots(gm: fx.GraphModule, num_inputs: int) -> list[Tensor]:
-    """Returns fake tensors for the inputs that passes added, in the fake mode that Inductor will trace in."""
-    context = TracingContext.try_get()
-    formals = placeholders(gm.graph)[num_inputs:]
-    mode = context.fake_mode if context and context.fake_mode else formals[0].meta["val"].fake_mode
-    with mode:
-        return [
-            torch.empty(node.meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
-            for node in formals
-        ]
 
 
 def _symbols(formals: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .summary import Summary
+    from .trajectory_summary import Summary
 
 
 def draw_map(summary: "Summary", path: str | Path) -> None:
@@ -14,6 +14,7 @@ def draw_map(summary: "Summary", path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = [region.name for region in summary.regions]
     height = max(1.3, 0.2 * len(names) + 0.9)
@@ -34,6 +35,7 @@ def draw_map(summary: "Summary", path: str | Path) -> None:
         panel.set_yticks(np.arange(-0.5, len(names)), minor=True)
         panel.grid(which="minor", color="white", linewidth=0.6)
         panel.tick_params(which="minor", length=0)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("step")
         panel.set_title(
             f"stream {stream.name}: dark = computed, light = reused "

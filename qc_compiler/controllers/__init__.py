@@ -31,7 +31,7 @@ def controller(options: Options) -> Controller:
         case "static":
             return Static(options.interval)
         case "hlc":
-            return HLC(**({"max_skip": options.max_skip} if options.max_skip is not None else {}))  # type: ignore[arg-type]
+            return HLC(**given)  # type: ignore[arg-type]
         case "tdc":
             return TDC(**given)  # type: ignore[arg-type]
         case "first_block":

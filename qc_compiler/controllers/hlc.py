@@ -25,12 +25,12 @@ class HLC(Controller):
 
     Attributes:
         tau: Steps until the next computation for small, middling and large D, at 100 steps.
-        delta: The two limits between them.
+        threshold: δ₁, the lower limit between them; δ₂ is three times as much.
         max_skip: Most steps reused in a row; None leaves it to τ.
     """
 
     tau: tuple[int, int, int] = (12, 6, 3)
-    delta: tuple[float, float] = (0.03, 0.09)
+    threshold: float = 0.03
     max_skip: int | None = None
 
     def decide(self, history: History) -> NDArray[np.bool_]:
@@ -43,7 +43,8 @@ class HLC(Controller):
         if change is None:
             return True
         motion = float(history.computed_at(region)[-1].statistics[region, Statistic.MOTION])
-        tau = self.tau[int(np.searchsorted(self.delta, change * motion, side="right"))]
+        limits = (self.threshold, 3 * self.threshold)
+        tau = self.tau[int(np.searchsorted(limits, change * motion, side="right"))]
         until = max(1, round(tau * (history.num_steps or _PAPER_STEPS) / _PAPER_STEPS))
         if self.max_skip is not None:
             until = min(until, self.max_skip + 1)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from qc_compiler.backend import quantcache
 
 
-def eager(gm: Any, inputs: Any, **_: Any) -> Any:
+def eager(gm: Any, *_: Any, **__: Any) -> Any:
     """Runs a rewritten graph as it stands: milliseconds instead of seconds, and exact."""
     return gm
 
 
 def eager_backend(gm: Any, example_inputs: Any, *, options: Any = None) -> Any:
     """The backend with everything but Inductor."""
-    return quantcache(gm, example_inputs, options=options, compiler=eager)
+    return quantcache(gm, example_inputs, options=options, compile_plain=eager, compile_guarded=eager)
 
 
 def compile_eagerly(model: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Any:

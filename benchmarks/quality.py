@@ -1,0 +1,159 @@
+"""Quality against work on the trained video DiT: PSNR over computed share for every rule, and for fewer steps.
+
+50 Euler steps, the same seeds and labels for all, PSNR against the full computation. Calibration sees other seeds.
+`fewer steps` is drawn twice: the model's own sampler, and diffusers' UniPC.
+
+    python benchmarks/quality.py
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from harness import RESULTS, header, table, write
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sampling import load_model, psnr, sample
+from torch import Tensor
+
+import qc_compiler
+
+STEPS, BATCH, SEED, CALIBRATION_SEED = 50, 10, 7, 123
+SHARES = (0.16, 0.25, 0.33, 0.5)
+FEWER = (6, 8, 10, 12, 16, 20, 25)
+
+
+@dataclass(frozen=True)
+class Point:
+    method: str
+    setting: str
+    share: float
+    psnr: float
+
+
+def main() -> None:
+    model = load_model().requires_grad_(False)
+    label = torch.arange(BATCH) % 10
+    reference = sample(model, label, STEPS, SEED)
+
+    def generate(compiled: Callable[..., Tensor]) -> Tensor:
+        return sample(compiled, label, STEPS, SEED)
+
+    def calibration_samples(compiled: Callable[..., Tensor]) -> Tensor:
+        return sample(compiled, label, STEPS, CALIBRATION_SEED)
+
+    points = []
+
+    def add(method: str, setting: str, share: float, videos: Tensor) -> None:
+        points.append(Point(method, setting, share, psnr(videos, reference)))
+        print(f"{method:34} {setting:16} share {share:.3f}  {points[-1].psnr:.1f} dB", flush=True)
+
+    for steps in FEWER:
+        add("fewer steps (Euler)", f"{steps} steps", steps / STEPS, sample(model, label, steps, SEED))
+        add("fewer steps (UniPC)", f"{steps} steps", steps / STEPS, unipc(model, label, steps, SEED))
+
+    for method, options, name, values in sweeps():
+        compiled = torch.compile(model, backend="quantcache", options=options)
+        sample(compiled, label, 2, SEED)
+        for value in values:
+            qc_compiler.configure(compiled, **{name: value})
+            qc_compiler.reset(compiled)
+            videos = generate(compiled)
+            add(method, f"{name}={value}", qc_compiler.summary(compiled).computed_share, videos)
+        torch._dynamo.reset()
+
+    for share in SHARES:
+        plan = qc_compiler.calibrate(model, calibration_samples, share=share, progress=False)
+        compiled = torch.compile(model, backend="quantcache", options={"plan": plan})
+        videos = generate(compiled)
+        add("calibrated schedule", f"share={share}", qc_compiler.summary(compiled).computed_share, videos)
+        torch._dynamo.reset()
+
+    draw(points)
+    rows = [(p.method, p.setting, f"{p.share:.3f}", f"{p.psnr:.1f}") for p in points]
+    text = header("Quality against work: video DiT, 50 steps", "python benchmarks/quality.py")
+    text += (
+        f"\nPSNR in dB at given shares, read off the curves (linear between points, – outside):\n\n{at_shares(points)}"
+    )
+    text += f"\n![curves](quality.png)\n\nAll points:\n\n{table(('method', 'setting', 'share', 'PSNR dB'), rows)}"
+    write("quality.md", text)
+
+
+def sweeps() -> list[tuple[str, dict[str, object], str, tuple[float, ...]]]:
+    """Returns method, options, the option that is swept and its values."""
+    found: list[tuple[str, dict[str, object], str, tuple[float, ...]]] = []
+    for order in (0, 1, 2):
+        uniform = {"cache": "static", "level": "network", "cache_order": order, "num_steps": STEPS}
+        found.append((f"uniform, order {order}", uniform, "interval", (2, 3, 4, 5, 6, 7)))
+    rules: tuple[tuple[str, str, tuple[float, ...]], ...] = (
+        ("hlc", "network", (0.01, 0.03, 0.1, 0.3, 1.0)),
+        ("hlc", "block", (0.03, 0.1, 0.3)),
+        ("tdc", "block", (0.1, 0.2, 0.4, 0.8)),
+        ("first_block", "block", (0.08, 0.15, 0.3, 0.6, 1.2)),
+        ("teacache", "network", (0.1, 0.2, 0.4, 0.8)),
+        ("magcache", "network", (0.06, 0.12, 0.24, 0.5)),
+    )
+    for rule, level, values in rules:
+        for order in (0, 1):
+            options = {"cache": rule, "level": level, "cache_order": order, "num_steps": STEPS, "max_skip": 6}
+            found.append((f"{rule} ({level}), order {order}", options, "threshold", values))
+    return found
+
+
+def unipc(model: Callable[..., Tensor], label: Tensor, steps: int, seed: int) -> Tensor:
+    """Samples like `sampling.sample`, with diffusers' UniPC solver on the same rectified flow."""
+    from diffusers import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=1.0
+    )
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device="cpu")
+    x = torch.randn(len(label), 1, 8, 16, 16, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+            velocity = model(x, torch.full((len(label),), 1000 * float(sigma)), label)
+            x = scheduler.step(velocity, timestep, x).prev_sample
+    return x
+
+
+def curves(points: list[Point]) -> dict[str, list[Point]]:
+    methods: dict[str, list[Point]] = {}
+    for point in points:
+        methods.setdefault(point.method, []).append(point)
+    return {method: sorted(found, key=lambda p: p.share) for method, found in methods.items()}
+
+
+def at_shares(points: list[Point]) -> str:
+    rows = []
+    for method, found in curves(points).items():
+        shares, values = [p.share for p in found], [p.psnr for p in found]
+        cells = []
+        for share in SHARES:
+            inside = shares[0] - 0.005 <= share <= shares[-1] + 0.005
+            cells.append(f"{np.interp(share, shares, values):.1f}" if inside else "–")
+        rows.append((method, *cells))
+    return table(("method", *(f"share {share}" for share in SHARES)), rows)
+
+
+def draw(points: list[Point]) -> None:
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    markers = "osv^<>DPX*hpd8"
+    for number, (method, found) in enumerate(curves(points).items()):
+        ours = method == "calibrated schedule"
+        style = {"linewidth": 2.5, "color": "black", "zorder": 3} if ours else {"linewidth": 1, "alpha": 0.85}
+        shares, values = [p.share for p in found], [p.psnr for p in found]
+        panel.plot(shares, values, marker=markers[number % len(markers)], markersize=4, label=method, **style)
+    panel.set_xlim(0.1, 0.6)
+    panel.set_xlabel("computed share of the block computations")
+    panel.set_ylabel("PSNR against the full computation, dB")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7, ncols=2)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    figure.savefig(RESULTS / "quality.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
