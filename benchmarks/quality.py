@@ -1,7 +1,7 @@
 """Quality against work on the trained video DiT: PSNR over computed share for every rule, and for fewer steps.
 
-50 Euler steps, the same seeds and labels for all, PSNR against the full computation. Calibration sees other seeds.
-`fewer steps` is drawn twice: the model's own sampler, and diffusers' UniPC.
+50 Euler steps with guidance 2 (two streams), the same seeds and labels for all, PSNR against the full computation.
+Calibration sees other seeds. `fewer steps` is drawn twice: the model's own sampler, and diffusers' UniPC.
 
     python benchmarks/quality.py
 """
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from harness import RESULTS, header, table, write
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from sampling import load_model, psnr, sample
 from torch import Tensor
 
 import qc_compiler
+from harness import RESULTS, header, table, write
+from sampling import NULL_LABEL, load_model, psnr, sample
 
-STEPS, BATCH, SEED, CALIBRATION_SEED = 50, 10, 7, 123
+STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE = 50, 10, 7, 123, 2.0
 SHARES = (0.16, 0.25, 0.33, 0.5)
 FEWER = (6, 8, 10, 12, 16, 20, 25)
 
@@ -35,13 +35,13 @@ class Point:
 def main() -> None:
     model = load_model().requires_grad_(False)
     label = torch.arange(BATCH) % 10
-    reference = sample(model, label, STEPS, SEED)
+    reference = sample(model, label, STEPS, SEED, GUIDANCE)
 
     def generate(compiled: Callable[..., Tensor]) -> Tensor:
-        return sample(compiled, label, STEPS, SEED)
+        return sample(compiled, label, STEPS, SEED, GUIDANCE)
 
     def calibration_samples(compiled: Callable[..., Tensor]) -> Tensor:
-        return sample(compiled, label, STEPS, CALIBRATION_SEED)
+        return sample(compiled, label, STEPS, CALIBRATION_SEED, GUIDANCE)
 
     points = []
 
@@ -50,12 +50,12 @@ def main() -> None:
         print(f"{method:34} {setting:16} share {share:.3f}  {points[-1].psnr:.1f} dB", flush=True)
 
     for steps in FEWER:
-        add("fewer steps (Euler)", f"{steps} steps", steps / STEPS, sample(model, label, steps, SEED))
+        add("fewer steps (Euler)", f"{steps} steps", steps / STEPS, sample(model, label, steps, SEED, GUIDANCE))
         add("fewer steps (UniPC)", f"{steps} steps", steps / STEPS, unipc(model, label, steps, SEED))
 
     for method, options, name, values in sweeps():
         compiled = torch.compile(model, backend="quantcache", options=options)
-        sample(compiled, label, 2, SEED)
+        sample(compiled, label, 2, SEED, GUIDANCE)
         for value in values:
             qc_compiler.configure(compiled, **{name: value})
             qc_compiler.reset(compiled)
@@ -112,7 +112,9 @@ def unipc(model: Callable[..., Tensor], label: Tensor, steps: int, seed: int) ->
     x = torch.randn(len(label), 1, 8, 16, 16, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-            velocity = model(x, torch.full((len(label),), 1000 * float(sigma)), label)
+            time = torch.full((len(label),), 1000 * float(sigma))
+            unguided = model(x, time, torch.full_like(label, NULL_LABEL))
+            velocity = unguided + GUIDANCE * (model(x, time, label) - unguided)
             x = scheduler.step(velocity, timestep, x).prev_sample
     return x
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._inductor.pattern_matcher import stable_topological_sort
 
 from qc_compiler.cost import flops_of
 from qc_compiler.graph import (
@@ -32,12 +33,16 @@ from qc_compiler.graph import (
     external_inputs,
     invoke_subgraph,
     is_tensor,
+    leaving,
     outline,
     outputs,
     placeholders,
     separate_operands,
+    separate_results,
     set_body,
+    symbols_of,
     trace,
+    update_values,
     values_of,
 )
 from qc_compiler.guard import Guard, cond_body, unwritten
@@ -95,7 +100,7 @@ class GuardRegions(GraphPass):
         guard = Guard((None,) * len(results), self.depth)
         values, count = values_of(results), len(results)
         region = wiring.add_region(name, -1, 0.0)
-        slots = wiring.add_slots(region, [(value,) for value in values])
+        slots = wiring.add_slots(region, [(wiring.empty(*v.shape, dtype=v.dtype, device=v.device),) for v in values])
         part = trace(lambda *args: tuple(guard.observe((), args[:count], args[count:])), *values, *values_of(slots))
         before = wiring.graph.output_node()
         wiring.collect(_inline(wiring.graph, wiring.gm, part, [*results, *slots], before), region)
@@ -108,11 +113,14 @@ class GuardRegions(GraphPass):
         entering = [node for node in dict.fromkeys(entering) if node not in inside]
         bases = [next((e for e in entering if _same_layout(e, result)), None) for result in results]
         operands = list(dict.fromkeys([*results, *(base for base in bases if base is not None)]))
+        operands += symbols_of(graph, operands)
         at = [operands.index(result) for result in results]
 
         region = wiring.add_region("network", 0, sum(body_of(gm, call).meta["flops"] for call in calls))
         guard = self._guard(tuple(None if base is None else operands.index(base) for base in bases))
-        end, encoded = guard.build(lambda *xs: tuple(xs[i].clone() for i in at), values_of(operands))
+        end, encoded = guard.build(
+            lambda *xs: tuple(xs[i].clone(memory_format=torch.contiguous_format) for i in at), values_of(operands)
+        )
         slots = wiring.add_slots(region, encoded)
         steering = wiring.steering(region)
         for call in calls:
@@ -134,6 +142,7 @@ class GuardRegions(GraphPass):
         for result, item in zip(results, items):
             for user in outside[result]:
                 user.replace_input_with(result, item)
+        update_values(graph, items)
         wiring.collect(items[len(results) :], region)
 
     def _guard_blocks(self, calls: Sequence[fx.Node], wiring: "_Wiring") -> list[Skip]:
@@ -183,8 +192,10 @@ class GuardRegions(GraphPass):
         kinds = [sub.kind for sub in sublayers]
         for i, sub in enumerate(sublayers):
             nodes, results = [copies[node] for node in sub.nodes], [copies[node] for node in sub.outputs]
-            nodes = separate_operands(nodes, ())
+            nodes = separate_operands(separate_results(nodes, results), ())
+            results = leaving(nodes)
             inputs = external_inputs(nodes)
+            inputs += symbols_of(graph, inputs)
             part = outline(nodes, inputs, results)
             guarded, encoded = self._guard((None,) * len(results)).build(_interpreted(part), values_of(inputs))
             steering = _add_placeholders(graph, placeholders(guarded.graph)[len(inputs) :], f"_{i}")
@@ -195,6 +206,7 @@ class GuardRegions(GraphPass):
                     user.replace_input_with(result, item)
             for node in reversed(nodes):
                 graph.erase_node(node)
+            stable_topological_sort(graph)  # the parts of joint attention leave at different places
             produced += items[len(results) :]
             number = f"{kinds[:i].count(sub.kind) + 1}" if kinds.count(sub.kind) > 1 else ""
             sites.append(_Site(f"/{sub.kind}{number}", flops_of(part), encoded))
@@ -235,7 +247,7 @@ class _Wiring:
         self._last.meta["val"] = val
         return self._last
 
-    def _empty(self, *size: int, dtype: torch.dtype, device: Any) -> Tensor:
+    def empty(self, *size: int, dtype: torch.dtype, device: Any) -> Tensor:
         with self._mode:
             return torch.empty(size, dtype=dtype, device=device)
 
@@ -261,8 +273,8 @@ class _Wiring:
         with self.graph.inserting_before(self._first):
             weights = self.graph.call_function(select, (self._weights, 0, region))
             predicate = self.graph.call_function(select, (self._decisions, 0, region))
-        weights.meta["val"] = self._empty(self.interface.depth, dtype=torch.float32, device=self._device)
-        predicate.meta["val"] = self._empty(dtype=torch.bool, device="cpu")
+        weights.meta["val"] = self.empty(self.interface.depth, dtype=torch.float32, device=self._device)
+        predicate.meta["val"] = self.empty(dtype=torch.bool, device="cpu")
         return [weights, predicate]
 
     def collect(self, produced: Sequence[fx.Node], region: int) -> None:
@@ -274,11 +286,11 @@ class _Wiring:
 
     def finish(self) -> None:
         count, depth = len(self.interface.regions), self.interface.depth
-        self._decisions.meta["val"] = self._empty(count, dtype=torch.bool, device="cpu")
-        self._weights.meta["val"] = self._empty(count, depth, dtype=torch.float32, device=self._device)
+        self._decisions.meta["val"] = self.empty(count, dtype=torch.bool, device="cpu")
+        self._weights.meta["val"] = self.empty(count, depth, dtype=torch.float32, device=self._device)
         with self.graph.inserting_before(self.graph.output_node()):
             rows = self.graph.call_function(torch.ops.aten.stack.default, (self._rows,))
-        rows.meta["val"] = self._empty(count, len(Statistic), dtype=torch.float32, device=self._device)
+        rows.meta["val"] = self.empty(count, len(Statistic), dtype=torch.float32, device=self._device)
         self.graph.output_node().args = ((*outputs(self.graph), rows, *self._values),)
         eliminate_dead_code(self.graph)
         self.gm.meta["interface"] = self.interface

@@ -4,25 +4,32 @@
     after:   y₀ = invoke_subgraph(body_0, x₀, w₀);  y₁ = invoke_subgraph(body_0, y₀, w₁);  …
 
 Values do not change. Compile time no longer grows with depth, and a later pass edits each body once.
-A stream that enters with unusual strides is made contiguous first: a body has one layout of operands.
+A stream that enters or leaves with unusual strides is made contiguous first: a body has one layout of its streams.
 """
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.pattern_matcher import stable_topological_sort
 
 from qc_compiler.cost import flops_of
 from qc_compiler.graph import (
     GraphPass,
     Report,
     body_calls,
+    contiguous_copy,
     invoke_subgraph,
+    is_plain,
     is_tensor,
     outline,
     separate_operands,
+    separate_results,
+    symbols_of,
+    update_values,
 )
 from qc_compiler.regions import Block, as_block, find_blocks, structure
 
@@ -34,11 +41,17 @@ class ShareBodies(GraphPass):
     def run(self, gm: fx.GraphModule) -> Report:
         if body_calls(gm):
             return Report(changed=0)
-        blocks, skips = find_blocks(gm)
+        found, skips = find_blocks(gm)
         bodies: dict[tuple[Any, ...], str] = {}
-        for block in blocks:
-            _make_streams_contiguous(gm.graph, block)
-        blocks = [as_block(b.name, separate_operands(b.nodes, {x for x in b.bases if x})) for b in find_blocks(gm)[0]]
+        for block in found:
+            _fix_numbers(block)
+        copies = _copy_streams(gm.graph, found)
+        parts = [separate_results(b.nodes, b.outputs) for b in found]
+        _drop_needless(gm.graph, copies)
+        blocks = [as_block(b.name, nodes) for b, nodes in zip(found, parts)]
+        parts = [separate_operands(b.nodes, {base for base in b.bases if base is not None}) for b in blocks]
+        blocks = [as_block(b.name, nodes) for b, nodes in zip(blocks, parts)]
+        blocks = [replace(b, inputs=(*b.inputs, *symbols_of(gm.graph, b.inputs))) for b in blocks]
         keys = [structure(block) for block in blocks]
         for key, block in zip(keys, blocks):
             if key not in bodies:
@@ -46,20 +59,45 @@ class ShareBodies(GraphPass):
                 gm.add_submodule(bodies[key], _body(block))
         for key, block in reversed(list(zip(keys, blocks))):  # from the end: what a block reads is still in place
             _call(gm, block, bodies[key])
+        stable_topological_sort(gm.graph)
         return Report(changed=len(blocks), skipped=tuple(skips))
 
 
-def _make_streams_contiguous(graph: fx.Graph, block: Block) -> None:
+def _fix_numbers(block: Block) -> None:
+    """Makes the symbolic floats that a block reads constants, guarded by Dynamo: no operand can be one.
+
+    With `dynamic=True` Dynamo makes a symbol of every float attribute of a module.
+    """
     inside = set(block.nodes)
-    for base in {base for base in block.bases if base is not None}:
-        if base.meta["val"].is_contiguous():
-            continue
-        with graph.inserting_after(base):
-            copy = graph.call_function(
-                torch.ops.aten.clone.default, (base,), {"memory_format": torch.contiguous_format}
-            )
-        copy.meta["val"] = torch.ops.aten.clone.default(base.meta["val"], memory_format=torch.contiguous_format)
-        base.replace_all_uses_with(copy, lambda user: user in inside)
+    for number in block.inputs:
+        if isinstance(number.meta.get("val"), torch.SymFloat):
+            constant = float(number.meta["val"])
+            for user in [user for user in number.users if user in inside]:
+                user.args = fx.map_arg(user.args, lambda arg: constant if arg is number else arg)  # noqa: B023
+                user.kwargs = fx.map_arg(user.kwargs, lambda arg: constant if arg is number else arg)  # noqa: B023
+
+
+def _copy_streams(graph: fx.Graph, blocks: Sequence[Block]) -> list[fx.Node]:
+    """Makes the streams that enter blocks with unusual strides contiguous; returns the copies."""
+    copies = []
+    for block in blocks:
+        inside = set(block.nodes)
+        for base in {base for base in block.bases if base is not None and not is_plain(base.meta["val"])}:
+            with graph.inserting_before(min(user for user in base.users if user in inside)):
+                copies.append(contiguous_copy(graph, base))
+            base.replace_all_uses_with(copies[-1], lambda user: user in inside)  # noqa: B023
+    update_values(graph, copies)
+    return copies
+
+
+def _drop_needless(graph: fx.Graph, copies: Sequence[fx.Node]) -> None:
+    """Removes copies of what is contiguous by now: once the first block's stream is, so are most others."""
+    sources = {copy: copy.all_input_nodes[0] for copy in copies}
+    needless = {copy: source for copy, source in sources.items() if is_plain(source.meta["val"])}
+    for copy, source in needless.items():
+        copy.replace_all_uses_with(source)
+        graph.erase_node(copy)
+    update_values(graph, needless.values())
 
 
 def _body(block: Block) -> fx.GraphModule:

@@ -27,6 +27,7 @@ __all__ = [
     "calibrate",
     "configure",
     "explain",
+    "fit_rule",
     "reset",
     "stream",
     "summary",
@@ -70,3 +71,10 @@ def calibrate(model: Any, generate: Any, share: float = 0.33, **kwargs: Any) -> 
     from .calibration import calibrate as run
 
     return run(model, generate, share=share, **kwargs)
+
+
+def fit_rule(model: Any, generate: Any, rule: str, **kwargs: Any) -> dict[str, Any]:
+    """Returns options for the rule `teacache` or `magcache` with the numbers it needs of this model."""
+    from .calibration import fit_rule as run
+
+    return run(model, generate, rule, **kwargs)

@@ -122,14 +122,13 @@ def rewrite(
 
 
 def fingerprint(gm: fx.GraphModule) -> str:
-    """Returns a hash of a model's structure: shapes and dtypes of its parameters and its regions' names."""
+    """Returns a hash of a model's structure: shapes and dtypes of its parameters."""
     parameters = sorted(
         f"{tuple(node.meta['val'].shape)}{node.meta['val'].dtype}"
         for node in placeholders(gm.graph)
         if is_parameter(node)
     )
-    regions = [region.name for region in gm.meta["interface"].regions]
-    return hashlib.sha256(repr((parameters, regions)).encode()).hexdigest()
+    return hashlib.sha256(repr(parameters).encode()).hexdigest()
 
 
 def _copy(gm: fx.GraphModule) -> fx.Graph:

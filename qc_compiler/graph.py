@@ -7,7 +7,7 @@ the one record of what was added to the graph's inputs and outputs.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 cond = torch.ops.higher_order.cond
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,17 @@ def normalize_path(text: str) -> str:
     return path.strip(".")
 
 
-def call_instance(node: fx.Node) -> int:
-    """Returns which call of the model a node belongs to when one graph holds several (0 for the first)."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return 0
-    numbers = (re.search(r"@(\d+)$", key) for key in stack)
-    return max((int(found.group(1)) for found in numbers if found), default=0)
+def call_instance(node: fx.Node, path: str) -> tuple[bool, int]:
+    """Returns whether a node was made by a call of the module at `path` (not of a part of it alone), and by which.
+
+    Calls are counted from 0: one graph holds several when the compiled function calls the model twice. What is called
+    twice inside the module (a norm for two streams, an activation) does not count.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = [(normalize_path(text), key) for key, (text, _) in stack.items()]
+    keys = [key for at, key in entries if at == path]
+    numbers = [re.search(r"@(\d+)$", key) for key in keys or [key for _, key in entries[:1]]]
+    return bool(keys), max((int(found.group(1)) for found in numbers if found), default=0)
 
 
 def outline(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequence[fx.Node]) -> fx.GraphModule:
@@ -250,6 +255,12 @@ def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
     inside = set(nodes)
     found = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside)
     return list(found)
+
+
+def leaving(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns those of `nodes` that others read."""
+    inside = set(nodes)
+    return [node for node in nodes if any(user not in inside for user in node.users)]
 
 
 def separate_operands(nodes: Sequence[fx.Node], streams: Collection[fx.Node]) -> list[fx.Node]:
@@ -275,7 +286,7 @@ def _take_apart(nodes: list[fx.Node], operands: Sequence[fx.Node], streams: Coll
     for operand in operands:
         with graph.inserting_before(nodes[0]):
             if operand in streams:
-                copies[operand] = graph.call_function(torch.ops.aten.clone.default, (operand,))
+                copies[operand] = graph.call_function(aten.clone.default, (operand,))
                 with operand.meta["val"].fake_mode:
                     copies[operand].meta["val"] = operand.meta["val"].clone()
             else:
@@ -284,6 +295,110 @@ def _take_apart(nodes: list[fx.Node], operands: Sequence[fx.Node], streams: Coll
                         copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
         operand.replace_all_uses_with(copies.get(operand, operand), lambda user: user in inside)
     return [copy for node, copy in copies.items() if node not in streams] + nodes
+
+
+def symbols_of(graph: fx.Graph, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Returns the inputs of `graph` that carry the symbols in the sizes of `nodes`, without those among `nodes`.
+
+    A subgraph must be given them: Inductor binds no symbol that it only sees inside a larger expression.
+    """
+    sizes: list[Any] = [n for node in nodes for tensor in _tensors(node.meta.get("val")) for n in tensor.shape]
+    wanted = {symbol for n in sizes if isinstance(n, torch.SymInt) for symbol in n.node.expr.free_symbols}
+    carriers = [node for node in placeholders(graph) if isinstance(node.meta.get("val"), torch.SymInt)]
+    return [node for node in carriers if node.meta["val"].node.expr in wanted and node not in nodes]
+
+
+def separate_results(nodes: Sequence[fx.Node], results: Sequence[fx.Node]) -> list[fx.Node]:
+    """Gives each result of `nodes` a contiguous storage of its own, as `cond` demands; returns the nodes, some added.
+
+    A result that is a view of an operand or of another result, or that has other strides, is copied at its place.
+    """
+    nodes, graph = list(nodes), nodes[0].graph
+    inside = set(nodes)
+    taken = {_storage(operand) for operand in external_inputs(nodes) if is_tensor(operand)}
+    copies: set[fx.Node] = set()
+    for result in results:
+        storage = _storage(result)
+        if storage in taken or not is_plain(result.meta["val"]):
+            with graph.inserting_after(result):
+                copy = contiguous_copy(graph, result)
+            nodes.insert(nodes.index(result) + 1, copy)
+            result.replace_all_uses_with(copy, lambda user: user not in inside and user is not copy)  # noqa: B023
+            copies.add(copy)
+        taken.add(storage)
+    update_values(graph, copies)
+    return nodes
+
+
+def contiguous_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Adds a contiguous copy of a node at the graph's insertion point; it belongs to the same module."""
+    copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    copy.meta = dict(node.meta)
+    with node.meta["val"].fake_mode:
+        copy.meta["val"] = node.meta["val"].clone(memory_format=torch.contiguous_format)
+    return copy
+
+
+def is_plain(val: torch.Tensor) -> bool:
+    """Whether a tensor's strides are those of a new tensor, for axes of size 1 too.
+
+    >>> is_plain(torch.empty(2, 3)), is_plain(torch.empty(1, 9)[:, :3]), is_plain(torch.empty(3, 2).T)
+    (True, False, False)
+    """
+    expected: Any = 1
+    for size, stride in zip(reversed(val.shape), reversed(val.stride())):
+        if stride != expected:
+            return False
+        expected = expected * size
+    return True
+
+
+def update_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
+    """Computes `meta["val"]` anew for what depends on the `changed` nodes, as far as layouts or storages changed.
+
+    A `view` that the new strides do not allow becomes a `reshape`.
+    """
+    given = set(changed)
+    stale = set(given)
+    for node in graph.nodes if stale else ():
+        if node.op != "call_function" or node in given or stale.isdisjoint(node.all_input_nodes):
+            continue
+        old = node.meta["val"]
+        new = _evaluate(node)
+        is_view = any(is_tensor(arg) and _storages(arg.meta["val"]) & _storages(new) for arg in node.all_input_nodes)
+        if is_view or _layouts(old) != _layouts(new):
+            node.meta["val"] = new
+            stale.add(node)
+
+
+def _evaluate(node: fx.Node) -> Any:
+    owner = node.graph.owning_module
+
+    def value(arg: fx.Node) -> Any:
+        return getattr(owner, str(arg.target)) if arg.op == "get_attr" else arg.meta["val"]
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    with fake_mode_of([tensor for arg in node.all_input_nodes for tensor in _tensors(arg.meta.get("val"))]):
+        try:
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except RuntimeError:
+            if node.target is not aten.view.default:
+                raise
+            node.target = aten.reshape.default
+            return node.target(*args, **kwargs)
+
+
+def _tensors(val: Any) -> list[torch.Tensor]:
+    values = val if isinstance(val, (tuple, list)) else [val]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _layouts(val: Any) -> list[Any]:
+    return [(tuple(tensor.shape), tuple(tensor.stride())) for tensor in _tensors(val)]
+
+
+def _storages(val: Any) -> set[Any]:
+    return {StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors(val)}
 
 
 def _storage(node: fx.Node) -> Any:

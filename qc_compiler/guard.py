@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.functions import Max
 
 from .formats.per_token import dequantize_per_token, quantize_per_token
 from .graph import Statistic, cond, fake_mode_of, outputs, placeholders, trace, values_of
@@ -70,7 +71,7 @@ class Guard:
         def reused(*args: Any) -> tuple[Tensor, ...]:
             xs, stored = args[:num_operands], args[num_operands:-1]
             ys = self.extrapolate(xs, [y.dtype for y in results], stored, args[-1])
-            return (*ys, *unwritten(stored_kinds)(), torch.zeros(len(Statistic), device=weights.device))
+            return (*ys, *unwritten(stored_kinds)(*stored), torch.zeros(len(Statistic), device=weights.device))
 
         return cond_body(computed, reused, [*operands, *slots, weights]), encoded
 
@@ -79,8 +80,12 @@ class Guard:
         return [value for _ in range(self.depth) for values in encoded for value in values]
 
     def residuals(self, operands: Sequence[Any], results: Sequence[Tensor]) -> list[Tensor]:
+        """Returns Δ of each result, contiguous as slots are."""
+        plain = torch.contiguous_format
         pairs = zip(results, self.bases)
-        return [y.clone() if base is None else y - operands[base] for y, base in pairs]
+        return [
+            y.clone(memory_format=plain) if base is None else (y - operands[base]).contiguous() for y, base in pairs
+        ]
 
     def encode(self, residuals: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         if self.dtype is None:
@@ -177,14 +182,28 @@ def motion(delta: Tensor, num_frames: int) -> Tensor:
 
 
 def unwritten(results: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """Returns a function of anything that allocates tensors like `results` and leaves them unwritten."""
-    kinds = [(list(v.shape), list(v.stride()), v.dtype, v.device) for v in results]
-    return lambda *_: tuple(torch.empty_strided(n, s, dtype=dtype, device=dev) for n, s, dtype, dev in kinds)
+    """Returns a function of operands that allocates tensors like `results`, contiguous, and leaves them unwritten.
+
+    Symbolic sizes are read off the operands, since a tracer knows no others.
+    """
+    kinds = [(tuple(v.shape), v.dtype, v.device) for v in results]
+
+    def allocate(*operands: Any) -> tuple[Tensor, ...]:
+        sizes = [n for x in operands for n in (x.shape if isinstance(x, Tensor) else [x])]
+        known = {n.node.expr: n for n in sizes if isinstance(n, torch.SymInt)}
+        return tuple(
+            torch.empty(
+                [known[n.node.expr] if isinstance(n, torch.SymInt) else n for n in shape], dtype=dtype, device=device
+            )
+            for shape, dtype, device in kinds
+        )
+
+    return allocate
 
 
 def cond_body(computed: Callable[..., Any], other: Callable[..., Any], operands: Sequence[Any]) -> fx.GraphModule:
     """Builds body(*operands, predicate) → cond(predicate, computed, other); both functions are traced."""
-    branches = [trace(computed, *operands), trace(other, *operands)]
+    branches = [trace(_with_simple_strides(branch), *operands) for branch in (computed, other)]
     graph = fx.Graph()
     formals = []
     for node in placeholders(branches[0].graph):
@@ -202,3 +221,20 @@ def cond_body(computed: Callable[..., Any], other: Callable[..., Any], operands:
         items[-1].meta["val"] = val
     graph.output(tuple(items))
     return fx.GraphModule({"compute": branches[0], "reuse": branches[1]}, graph)
+
+
+def _with_simple_strides(branch: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a branch return tensors whose strides are products of their sizes, as torch's `cond` demands.
+
+    A new tensor of symbolic size (B, (H // 2)², C) has a stride C·Max(1, (H // 2)²), which is refused.
+    """
+
+    def simple(value: Any) -> Any:
+        if not any(isinstance(n, torch.SymInt) and n.node.expr.has(Max) for n in value.stride()):
+            return value
+        strides: list[Any] = [1]
+        for size in value.shape[:0:-1]:
+            strides.insert(0, strides[0] * size)
+        return value.as_strided(value.shape, strides)
+
+    return lambda *operands: tuple(simple(value) for value in branch(*operands))

@@ -38,6 +38,7 @@ class Options:
         cache_dtype: How slots are stored: `model`, `int8` or `fp8` (a scale a token).
         threshold: The rule's threshold; None takes the default that the rule documents.
         max_skip: Most steps reused in a row; None takes the rule's default.
+        polynomial, ratios: What `fit_rule` found for `teacache` and `magcache`; None takes the rule's default.
         num_steps: Steps of a trajectory, if known. Needed where no timestep input is found.
         plan: A `Plan` or the path of one; decides instead of `cache`.
         strict: Raise `UnsupportedModelError` where quantcache would run plain Inductor.
@@ -55,6 +56,8 @@ class Options:
     cache_dtype: str = "model"
     threshold: float | None = None
     max_skip: int | None = None
+    polynomial: tuple[float, ...] | None = None
+    ratios: tuple[float, ...] | None = None
     num_steps: int | None = None
     plan: Plan | None = None
     strict: bool = False
@@ -64,7 +67,9 @@ class Options:
     process_group: Any = None
 
     # Changing one of these needs no new graph: only the controller reads them.
-    STEERING = frozenset({"cache", "interval", "threshold", "max_skip", "num_steps", "process_group", "plan"})
+    STEERING = frozenset(
+        {"cache", "interval", "threshold", "max_skip", "polynomial", "ratios", "num_steps", "process_group", "plan"}
+    )
 
     @property
     def exact(self) -> bool:
@@ -80,6 +85,11 @@ class Options:
         """The level that the guard pass builds; groups are blocks that decide together."""
         level = self.level.removeprefix("output").removeprefix("+")
         return {"": None, "group": "block"}.get(level, level)
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether the graph measures the modulated input of the first block, which only TeaCache reads."""
+        return self.cache == "teacache" and self.plan is None
 
     @property
     def depth(self) -> int:
@@ -105,16 +115,22 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     if explicit and given.get("cache") in ("tdc", "first_block", "magcache"):
         values["level"] = "block"
     values |= given
-    plan = values.get("plan")
-    if isinstance(plan, (str, Path)):
-        plan = values["plan"] = Plan.load(plan)
+    plan = values["plan"] = _read_plan(values.get("plan"))
     if plan is not None:
-        if not isinstance(plan, Plan):
-            raise OptionError(f"plan={plan!r}: expected a qc_compiler.Plan or the path of one")
         values |= {"level": plan.level, "cache_order": plan.depth - 1}
-    if isinstance(values.get("disable"), str):
-        values["disable"] = (values["disable"],)
+    disable = values.get("disable", ())
+    if not isinstance(disable, (str, list, tuple)) or not all(isinstance(name, str) for name in disable):
+        raise OptionError(f"disable={disable!r}: expected names of passes")
+    values["disable"] = (disable,) if isinstance(disable, str) else tuple(disable)
     return check(Options(**values))
+
+
+def _read_plan(plan: Any) -> Plan | None:
+    if isinstance(plan, (str, Path)):
+        return Plan.load(plan)
+    if plan is not None and not isinstance(plan, Plan):
+        raise OptionError(f"plan={plan!r}: expected a qc_compiler.Plan or the path of one")
+    return plan
 
 
 def check(options: Options) -> Options:
@@ -125,7 +141,7 @@ def check(options: Options) -> Options:
     """
     _one_of("cache", options.cache, CACHES)
     _one_of("cache_dtype", options.cache_dtype, CACHE_DTYPES)
-    _one_of("level", options.level.removeprefix("output+"), LEVELS)
+    _one_of("level", options.level, (*LEVELS, *(f"output+{level}" for level in LEVELS if level != "output")))
     if options.plan is None:
         _at_least("cache_order", options.cache_order, 0)
         if options.cache_order > 2:
@@ -134,8 +150,17 @@ def check(options: Options) -> Options:
     for name in ("max_skip", "num_steps", "num_frames"):
         if (value := getattr(options, name)) is not None:
             _at_least(name, value, 0 if name == "max_skip" else 1)
-    if options.threshold is not None and not options.threshold >= 0:
-        raise OptionError(f"threshold={options.threshold}: expected a number of at least 0")
+    threshold = options.threshold
+    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (is_number and threshold >= 0):
+        raise OptionError(f"threshold={threshold!r}: expected a number of at least 0")
+    for name in ("polynomial", "ratios"):
+        if (numbers := getattr(options, name)) is not None:
+            _numbers(name, numbers)
+    if not isinstance(options.strict, bool):
+        raise OptionError(f"strict={options.strict!r}: expected True or False")
+    if options.timestep is not None and not isinstance(options.timestep, str):
+        raise OptionError(f"timestep={options.timestep!r}: expected the name of an input")
     if options.cache == "first_block" and options.graph_level != "block":
         raise OptionError(f"cache='first_block' compares block residuals: level={options.level!r} must be 'block'")
     if options.cache == "teacache" and options.plan is None and options.graph_level is None:
@@ -156,12 +181,23 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
             raise OptionError(
                 f"option {name!r} cannot change without a new torch.compile: {nearest(name, Options.STEERING)}"
             )
-    return check(replace(options, **changes))
+    new = check(replace(options, **{**changes, "plan": _read_plan(changes.get("plan", options.plan))}))
+    if new.plan and (new.plan.level, new.plan.depth) != (options.level, options.depth):
+        raise OptionError(
+            f"plan=… for level={new.plan.level!r} and cache_order={new.plan.depth - 1} needs a new torch.compile: this "
+            f"model was compiled with level={options.level!r} and cache_order={options.depth - 1}"
+        )
+    return new
 
 
 def _one_of(name: str, value: Any, valid: Any) -> None:
-    if value not in valid:
+    if not isinstance(value, str) or value not in valid:
         raise OptionError(f"{name}={value!r}: {nearest(str(value), valid)}")
+
+
+def _numbers(name: str, value: Any) -> None:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(number, (int, float)) for number in value):
+        raise OptionError(f"{name}={value!r}: expected numbers, as qc_compiler.fit_rule returns them")
 
 
 def _at_least(name: str, value: Any, least: int) -> None:

@@ -37,7 +37,7 @@ class Plan:
     """A schedule for one model and one list of timesteps.
 
     Attributes:
-        fingerprint: Of the model: its parameters' shapes and its regions.
+        fingerprint: Of the model: its parameters' shapes and dtypes.
         level: The level whose regions the plan steers, as in the option `level`.
         regions: Names of the regions, one a column.
         timesteps: What the model is called with at each step, in order; N of them.
@@ -65,6 +65,8 @@ class Plan:
                 f"a plan of {shape[0]} steps and {shape[1]} regions needs compute {shape} and weights "
                 f"{(*wanted, 'depth')}, got {self.compute.shape} and {self.weights.shape}"
             )
+        if 0 in self.weights.shape:
+            raise PlanError(f"a plan needs a stream, a step, a region and a depth, got weights {self.weights.shape}")
         if not np.isfinite(self.weights).all():
             raise PlanError("the plan's weights are not all finite: calibrate again")
 
@@ -86,10 +88,10 @@ class Plan:
         known = np.asarray(self.timesteps)
         step = int(np.argmin(np.abs(known - timestep)))
         scale = max(float(np.abs(known).max()), 1e-6)
-        if abs(known[step] - timestep) > 1e-3 * scale:
+        if not abs(known[step] - timestep) <= 1e-3 * scale:
             raise PlanError(
                 f"the model was called with timestep {timestep:g}, which is none of the plan's {self.num_steps} steps "
-                f"({known[0]:g}, {known[min(1, step)]:g} … {known[-1]:g}): calibrate for this schedule"
+                f"({known[0]:g}, {known[min(1, len(known) - 1)]:g} … {known[-1]:g}): calibrate for this schedule"
             )
         return step
 

@@ -25,6 +25,7 @@ from .graph import (
     is_parameter,
     is_symbolic_number,
     is_tensor,
+    leaving,
     module_path,
     outputs,
     placeholders,
@@ -45,6 +46,7 @@ _CARRIES_ON = {  # ops that a residual stream passes through unchanged in meanin
     aten.view.default,
     aten.reshape.default,
 }
+_DENSE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 
 
@@ -117,7 +119,7 @@ def find_blocks(gm: fx.GraphModule) -> tuple[list[Block], list[Skip]]:
     if not blocks and any(is_attention(node) for node in compute):
         whole = as_block("block", compute)
         reason = _why_not(whole, position)
-        if reason is None and all(base is not None for base in whole.bases):
+        if reason is None and all(residual_chain(result, set(compute)) for result in whole.outputs):
             return [whole], []
         skips.append(Skip("graph", reason or "the graph as a whole adds to no residual stream"))
     return sorted(blocks, key=lambda block: position[block.nodes[0]]), skips
@@ -126,18 +128,24 @@ def find_blocks(gm: fx.GraphModule) -> tuple[list[Block], list[Skip]]:
 def _module_list_items(compute: Sequence[fx.Node], skips: list[Skip]) -> list[tuple[str, list[fx.Node]]]:
     """Returns name and nodes of every entry of the outermost module lists that hold attention."""
     lists: dict[tuple[str, int], dict[int, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
-    for node in compute:
-        parts = module_path(node).split(".")
-        for depth, part in enumerate(parts):
-            if part.isdecimal():
-                lists[".".join(parts[:depth]), call_instance(node)][int(part)].append(node)
+    members = [
+        (node, ".".join(parts[:depth]), int(part), *call_instance(node, ".".join(parts[: depth + 1])))
+        for node in compute
+        for parts in [module_path(node).split(".")]
+        for depth, part in enumerate(parts)
+        if part.isdecimal()
+    ]
+    called = {(prefix, index) for _, prefix, index, was_called, _ in members if was_called}
+    for node, prefix, index, was_called, instance in members:
+        if was_called or (prefix, index) not in called:  # else: a part of an entry that something outside calls
+            lists[prefix, instance][index].append(node)
     attentive = {key for key, items in lists.items() if any(map(is_attention, itertools.chain(*items.values())))}
     chosen: list[tuple[str, int]] = []
     for key in sorted(lists, key=lambda key: key[0].count(".")):
-        prefix, instance = key
-        if any(instance == i and f"{prefix}.".startswith(f"{outer}.") for outer, i in chosen):
+        prefix, _ = key
+        if any(prefix.startswith(f"{outer}.") for outer, _ in chosen):
             continue
-        inner = {k for k in attentive if k != key and k[1] == instance and k[0].startswith(f"{prefix}.")}
+        inner = {k for k in attentive if k[0].startswith(f"{prefix}.")}
         if key in attentive and (len(lists[key]) > 1 or not any(len(lists[k]) > 1 for k in inner)):
             chosen.append(key)
         elif key not in attentive and len(lists[key]) > 1 and any(_adds_residual(v) for v in lists[key].values()):
@@ -165,7 +173,7 @@ def as_block(name: str, nodes: Sequence[fx.Node]) -> Block:
     nodes = [node for node in nodes if not _unpacks_outside(node, inside)]
     inside = set(nodes)
     inputs = external_inputs(nodes)
-    results = [node for node in nodes if any(user not in inside for user in node.users)]
+    results = leaving(nodes)
     taken: set[fx.Node] = set()
     bases = []
     for result in results:
@@ -173,12 +181,14 @@ def as_block(name: str, nodes: Sequence[fx.Node]) -> Block:
         base = chain[0] if chain else None
         taken |= {base} if base is not None else set()
         bases.append(base)
-    for i, result in enumerate(results):  # no chain of additions (a skip connection fused in): match by shape
+    # No chain of additions (streams joined, or a long skip connection mixed in): match by shape. Of several inputs the
+    # one that was computed last: what comes over a long skip connection is older.
+    for i, result in enumerate(results):
         if bases[i] is None and is_tensor(result):
             same = [n for n in inputs if n not in taken and is_activation(n) and _same_layout(n, result)]
-            if len(same) == 1:
-                bases[i] = same[0]
-                taken.add(same[0])
+            if same:
+                bases[i] = max(same)
+                taken.add(max(same))
     return Block(name, tuple(nodes), tuple(inputs), tuple(results), tuple(bases))
 
 
@@ -191,6 +201,8 @@ def _why_not(block: Block, position: dict[fx.Node, int]) -> str | None:
         return "it returns something else than floating point tensors"
     if all(base is None for base in block.bases):
         return "none of its outputs has the shape of an input, so there is no residual stream"
+    if any(isinstance(n.meta.get("val"), torch.SymFloat) and not n.meta["val"].node.has_hint() for n in block.inputs):
+        return "it reads a number that is only known when it runs"
     inside = set(block.nodes)
     users = [position[user] for node in block.outputs for user in node.users if user not in inside]
     if min(users) < max((position[node] for node in block.inputs), default=-1):
@@ -275,12 +287,16 @@ def find_sublayers(body: fx.GraphModule, bases: Sequence[int | None]) -> tuple[l
                 branches += [arg for arg in node.all_input_nodes if arg is not before and arg in inside]
     cones = {branch: _cone(branch, stream) for branch in branches}
     found, skips = [], []
-    for group in _joined(branches, cones):
+    mixed = {n for n in inside if is_attention(n) or (n.target in _DENSE and _reaches(n, stream, inside - stream))}
+    for group in _joined(branches, cones, mixed):
         nodes = _exclusive(set().union(*(cones[branch] for branch in group)), set(group), stream)
         ordered = tuple(sorted(nodes, key=order.__getitem__))
-        kind, num_heads = _kind(ordered, stream, len(group))
-        if not any(n.target is aten.linear.default for n in ordered) and num_heads == 0:
-            skips.append(Skip(group[0].name, "the added branch holds no linear and no attention"))
+        kind, num_heads = _kind(ordered, stream, inside, len(group))
+        if not any(n.target in _DENSE for n in ordered) and num_heads == 0:
+            skips.append(Skip(group[0].name, "the added branch holds no linear, no convolution and no attention"))
+            continue
+        if any(_reaches(node, group, inside) for node in external_inputs(ordered)):
+            skips.append(Skip(group[0].name, "what one part of it reads depends on what another part adds"))
             continue
         found.append(SubLayer(kind, ordered, tuple(sorted(group, key=order.__getitem__)), num_heads))
     return sorted(found, key=lambda sub: order[sub.outputs[0]]), skips
@@ -298,11 +314,13 @@ def _cone(branch: fx.Node, stream: set[fx.Node]) -> set[fx.Node]:
     return cone
 
 
-def _joined(branches: Sequence[fx.Node], cones: dict[fx.Node, set[fx.Node]]) -> list[list[fx.Node]]:
-    """Groups the branches that share an attention: joint attention adds to two streams at once."""
+def _joined(
+    branches: Sequence[fx.Node], cones: dict[fx.Node, set[fx.Node]], mixed: set[fx.Node]
+) -> list[list[fx.Node]]:
+    """Groups the branches that share one of `mixed`: joint attention (or a joint MLP) adds to two streams at once."""
     groups: list[list[fx.Node]] = []
     for branch in branches:
-        shared = [g for g in groups if any(is_attention(n) for other in g for n in cones[branch] & cones[other])]
+        shared = [g for g in groups if any(mixed & cones[branch] & cones[other] for other in g)]
         groups = [g for g in groups if g not in shared]
         groups.append([*(node for g in shared for node in g), branch])
     return groups
@@ -319,14 +337,13 @@ def _exclusive(cone: set[fx.Node], results: set[fx.Node], stream: set[fx.Node]) 
         kept -= shared
 
 
-def _kind(nodes: Sequence[fx.Node], stream: set[fx.Node], num_outputs: int) -> tuple[str, int]:
+def _kind(nodes: Sequence[fx.Node], stream: set[fx.Node], inside: set[fx.Node], num_outputs: int) -> tuple[str, int]:
     attention = next((node for node in nodes if is_attention(node)), None)
     if attention is None:
         return "mlp", 0
     num_heads = _num_heads(attention)
     if num_outputs > 1:
         return "joint-attention", num_heads
-    inside = set(nodes)
     key = attention.args[1] if len(attention.args) > 1 else None
     reads_stream = isinstance(key, fx.Node) and _reaches(key, stream, inside)
     return ("attention" if reads_stream else "cross-attention"), num_heads

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .controllers import Controller, History, Step, controller
-from .errors import PlanError
+from .errors import OptionError, PlanError
 from .extrapolation import polynomial_weights
 from .graph import Interface, Statistic
 from .options import Options, changed
@@ -58,12 +58,14 @@ class StreamState:
     Attributes:
         steps: What was decided and measured, with the statistics still on the device until they are read.
         history: For each region its computed steps, newest first: (coordinate, tensors of its slots).
+        layout: Shapes, dtypes and devices of what its slots hold.
         sample: A few elements of the last input.
         weights_version: Of the model's parameters when the slots were filled.
     """
 
     steps: list["_PendingStep"] = field(default_factory=list)
     history: list[deque[tuple[float, list[Tensor]]]] = field(default_factory=list)
+    layout: Any = None
     sample: NDArray[np.float32] | None = None
     weights_version: int = 0
 
@@ -103,6 +105,8 @@ class Trajectory:
     step: int = -1
     turn: int = -1  # which stream was called last at this timestep
     num_steps: int | None = None
+    first: float | None = None  # timesteps of its first two steps
+    second: float | None = None
     regions: tuple[str, ...] = ()
 
 
@@ -131,7 +135,7 @@ class Runtime:
         self.notes: list[str] = []
         self.fingerprint = ""
         self.trajectories: deque[Trajectory] = deque(maxlen=KEPT_TRAJECTORIES)
-        self.last_num_steps: int | None = None
+        self._lengths: dict[tuple[float, float], int] = {}  # of earlier trajectories, by their first two timesteps
         self.peak_slot_bytes = 0
         self.host_ms: deque[float] = deque(maxlen=512)  # time of a step outside the compiled graph
         self._lock = threading.Lock()
@@ -142,7 +146,14 @@ class Runtime:
 
     def configure(self, **changes: Any) -> None:
         with self._lock:
-            self.options = changed(self.options, changes)
+            options = changed(self.options, changes)
+            if self.interface is not None:
+                regions = tuple(region.name for region in self.interface.regions)
+                if options.plan is not None:
+                    options.plan.check_model(self.fingerprint, regions)
+                if options.has_probe and "probe" not in regions:
+                    raise OptionError("cache='teacache' needs a new torch.compile: this graph has no probe for it")
+            self.options = options
 
     def reset(self) -> None:
         """Forgets all trajectories and slots, in every thread."""
@@ -165,8 +176,11 @@ class Runtime:
 
     def begin(self, key: Any, trajectory: Trajectory) -> None:
         old = self.current(key)
-        if old is not None and old.step > 0:
-            self.last_num_steps = old.step + 1
+        if old is not None and old.first is not None and old.second is not None and len(self._lengths) < 64:
+            begins = (old.first, old.second)
+            self._lengths[begins] = max(self._lengths.get(begins, 0), old.step + 1)
+        for state in old.streams if old is not None else ():
+            state.clear_slots()  # `summary` may keep the old one for long
         self._local.trajectories[key] = trajectory
         with self._lock:
             self.trajectories.append(trajectory)
@@ -176,10 +190,11 @@ class Runtime:
         with self._lock:
             return list({trajectory.name: trajectory for trajectory in self.trajectories}.values())
 
-    @property
-    def num_steps(self) -> int | None:
+    def num_steps(self, first: float | None = None, second: float | None = None) -> int | None:
+        """Returns the length of a trajectory: as the user or the plan says, or that of an earlier one begun alike."""
         plan = self.options.plan
-        return self.options.num_steps or (plan.num_steps if plan else None) or self.last_num_steps
+        known = self.options.num_steps or (plan.num_steps if plan else None)
+        return known or (self._lengths.get((first, second)) if first is not None and second is not None else None)
 
 
 class GuardedGraph:
@@ -210,6 +225,7 @@ class GuardedGraph:
         self.output_region = self.names.index("output") if "output" in self.names else None
         self._groups = np.array([region.group for region in interface.regions])
         self._blanks: dict[Any, Tensor] = {}
+        self._layouts: dict[tuple[int, ...], Any] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         runtime, start = self.runtime, time.perf_counter()
@@ -218,8 +234,8 @@ class GuardedGraph:
         key = self._key(inputs)
         position = self._locate(key, timestep, sample)
         state = self._state(position)
-        version = self._parameters_version(inputs)
-        if state.weights_version != version:
+        version, layout = self._parameters_version(inputs), self._layout(inputs)
+        if (state.weights_version, state.layout) != (version, layout):
             state.clear_slots()
         index = position.step
         coordinate = float(index) if timestep is None else timestep
@@ -232,7 +248,7 @@ class GuardedGraph:
         else:
             results, rows, fresh, inside = self._run(inputs, state, compute, weights)
         self._commit(key, position, state, timestep, coordinate, compute, rows, fresh)
-        state.sample, state.weights_version = sample, version
+        state.sample, state.weights_version, state.layout = sample, version, layout
         runtime.host_ms.append((time.perf_counter() - start - inside) * 1e3)
         if runtime.pilot is not None:
             runtime.pilot.observe(self, position, timestep, inputs, results)
@@ -248,11 +264,11 @@ class GuardedGraph:
 
     def _locate(self, key: Any, timestep: float | None, sample: NDArray[np.float32] | None) -> Position:
         now = self.runtime.current(key)
-        fresh = Position(Trajectory(key[0], regions=self.names, num_steps=self.runtime.num_steps), True, 0, 0)
+        fresh = Position(Trajectory(key[0], regions=self.names, num_steps=self.runtime.num_steps()), True, 0, 0)
         if now is None:
             return fresh
         if timestep is None:  # no clock: steps are counted
-            total = self.runtime.num_steps
+            total = self.runtime.num_steps()
             ends = total is not None and now.step + 1 >= total
             return fresh if ends or self._jumped(now, 0, sample) else Position(now, False, now.step + 1, 0)
         assert now.timestep is not None
@@ -264,6 +280,8 @@ class GuardedGraph:
         direction = np.sign(timestep - now.timestep)
         if (now.direction and direction != now.direction) or self._jumped(now, 0, sample):
             return fresh
+        if now.step == 0:
+            now.num_steps = self.runtime.num_steps(now.timestep, timestep)
         return Position(now, False, now.step + 1, 0)
 
     @staticmethod
@@ -405,13 +423,17 @@ class GuardedGraph:
         if position.step > trajectory.step and trajectory.timestep is not None and timestep is not None:
             trajectory.direction = float(np.sign(timestep - trajectory.timestep))
         trajectory.timestep, trajectory.step, trajectory.turn = timestep, position.step, position.turn
+        if position.step == 0:
+            trajectory.first = timestep
+        elif position.step == 1:
+            trajectory.second = timestep
         if position.turn >= len(trajectory.streams):
             trajectory.streams.append(state)
         state.steps.append(_PendingStep(position.step, timestep, compute, rows))
         for r in np.flatnonzero(compute):
             if fresh and fresh[r]:
                 state.history[r].appendleft((coordinate, fresh[r]))
-        if trajectory.num_steps is not None and position.step + 1 >= trajectory.num_steps and self.clock is not None:
+        if trajectory.num_steps == position.step + 1 and self.clock is not None:
             state.clear_slots()  # the trajectory is over: give its memory back
 
     def _blank(self, region: int, inputs: Sequence[Any]) -> list[Tensor]:
@@ -425,6 +447,16 @@ class GuardedGraph:
                     self._blanks[kind] = torch.zeros(sizes, device=slot.device).to(dtype)
                 tensors.append(self._blanks[kind])
         return tensors
+
+    def _layout(self, inputs: Sequence[Any]) -> Any:
+        """Returns what a slot must be like to serve this call (invariant 2): a prompt may be longer than the last."""
+        sizes = tuple(int(inputs[i]) for i in self.symbols.values())
+        if sizes not in self._layouts:
+            self._layouts[sizes] = tuple(
+                (slot.device, slot.dtypes, tuple(tuple(self._size(n, inputs) for n in shape) for shape in slot.shapes))
+                for slot in self.interface.slots
+            )
+        return self._layouts[sizes]
 
     def _size(self, number: Any, inputs: Sequence[Any]) -> int:
         if isinstance(number, int):

@@ -6,7 +6,10 @@
     3. Closed loop: the schedule is run, and the weights of each skipped step are fitted to what the model should have
        predicted *there*, on the trajectory that the skips before produced, so that the sample returns to its path:
            v*_i = v_i + (a/b)·(x_i − x̂_i)        with a, b of the sampler's step (`Recording.feedback`)
-    4. Single computed steps are moved while the measured error of the result falls.
+    4. The best of a few such lists of steps and of evenly spaced ones is taken, and single computed steps
+       are moved while the measured error of the result falls.
+    5. Partial computation: a computed step is given up for two steps that compute half of the blocks and extrapolate
+       the others, where that lowers the measured error. If it never does, the plan guards the output alone.
 
 Sources: ours. A skipped step's prediction as a linear combination of earlier ones is a multistep solver whose
 coefficients are fitted to this model instead of to polynomials (compare DPM-Solver++, arXiv 2211.01095).
@@ -14,7 +17,7 @@ coefficients are fitted to this model instead of to polynomials (compare DPM-Sol
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,9 +28,11 @@ from torch import Tensor
 
 from ..errors import OptionError, QuantCacheError
 from ..extrapolation import polynomial_weights
+from ..graph import RegionSpec
 from ..plan import Plan
 from ..registry import runtime_of
-from ..runtime import GuardedGraph, Position, StreamState
+from ..runtime import GuardedGraph, Position, Runtime, StreamState
+from ..trajectory_summary import computed_share
 from .recording import Recording, flat
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
@@ -39,7 +44,8 @@ def calibrate(
     generate: Callable[[Any], Any],
     share: float = 0.33,
     *,
-    rounds: int = 8,
+    budget: float = 8.0,
+    level: str = "output+block",
     progress: bool = True,
     backend: Any = "quantcache",
 ) -> Plan:
@@ -50,12 +56,16 @@ def calibrate(
         generate: The user's sampling function: takes a model to call, returns the samples as one tensor. It must do
             the same each time (fix the seed). A handful of samples is enough.
         share: Part of the block computations to spend, in (0, 1].
-        rounds: Trajectories to spend on moving single steps; in all `rounds` + 3 are run.
+        budget: Full trajectories' worth of computation to spend on the search, 8 by default: at a share of 0.2 that
+            is 40 candidates. Two thirds move single steps, one third tries partial computation.
+        level: What the plan may steer: `output` (whole steps; compiles faster, needs no slots but the output's) or
+            `output+block`.
         progress: Show a progress bar.
         backend: What compiles the model; tests pass one without Inductor.
 
     Returns:
-        A plan of level `output` with the exact share it spends and its error on the calibration samples.
+        A plan with the share it spends and its relative error on the calibration samples; of level `output` unless
+        partial computation made it better.
 
     Raises:
         OptionError: `share` lies outside (0, 1], or `generate` returns no tensor.
@@ -67,13 +77,14 @@ def calibrate(
     options: dict[str, Any] = {
         "cache": "static",
         "interval": 1,
-        "level": "output",
+        "level": level,
         "cache_order": DEPTH - 1,
         "strict": True,
     }
     compiled = torch.compile(module, backend=backend, options=options)
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("compiling and recording", total=rounds + 3)
+        num_candidates = max(8, round(budget / share))
+        task = bar.add_task("compiling and recording", total=num_candidates + 1)
 
         def step(description: str) -> None:
             bar.update(task, advance=1, description=description)
@@ -85,20 +96,53 @@ def calibrate(
         count = max(2, round(share * recording.num_steps))
         gram = recording.gram().numpy()
 
+        regions = runtime_of(compiled).interface.regions  # type: ignore[union-attr]
+
         @functools.cache
-        def measure(computed: tuple[int, ...]) -> tuple[float, "_ClosedLoop"]:
-            loop = _ClosedLoop(recording, computed)
-            result = _run(compiled, generate, loop)
-            step(f"{count} of {recording.num_steps} steps: best error {_relative(result, reference):.2e}")
-            return _relative(result, reference), loop
+        def measure(schedule: Schedule) -> tuple[float, "_ClosedLoop"]:
+            loop = _ClosedLoop(recording, schedule, len(regions))
+            error = _relative(_run(compiled, generate, loop), reference)
+            step(f"{count} of {recording.num_steps} steps: last error {error:.1e}")
+            return error, loop
+
+        def best_of(*schedules: Schedule) -> Schedule:
+            return min(schedules, key=lambda schedule: measure(schedule)[0])
+
+        def search(best: Schedule, candidates: Callable[[Schedule], Iterator[Schedule]], count: int) -> Schedule:
+            tried = {best}
+            for _ in range(count):
+                if (candidate := next((c for c in candidates(best) if c not in tried), None)) is None:
+                    break
+                tried.add(candidate)
+                best = best_of(best, candidate)
+            return best
 
         step("recorded")
-        starts = {shortest_path(gram, count, depth) for depth in (2, DEPTH)}
-        best = min(starts, key=lambda computed: measure(computed)[0])
-        best = _improve(best, recording.num_steps, measure, rounds)
+        first = starts(gram, count)
+        best = best_of(*map(whole_steps, first))
+        rest = num_candidates - len(first)
+        partial = rest // 3 if len(regions) > 1 else 0
+        best = search(best, lambda now: moves(now, recording.num_steps), rest - partial)
+        best = search(best, lambda now: exchanges(now, recording.num_steps, regions), partial)
         error, loop = measure(best)
-    runtime = runtime_of(compiled)
-    return loop.plan(runtime.fingerprint, {"share": count / recording.num_steps, "error": error})
+    share = computed_share(regions, [loop.compute])
+    return loop.plan(runtime_of(compiled), level, {"share": share, "error": error})
+
+
+def starts(gram: NDArray[np.float64], count: int) -> list[tuple[int, ...]]:
+    """Returns the lists of steps that the search starts from.
+
+    They are the shortest paths, evenly spaced steps, what lies between, and steps along a power law. A shortest path
+    knows each prediction on the full trajectory only; for very few steps the errors that skipped steps feed into each
+    other count for more, and regular spacing bounds those.
+    """
+    last = len(gram) - 1
+    paths = [np.array(shortest_path(gram, count, depth), dtype=np.float64) for depth in (2, DEPTH)]
+    even = np.linspace(0, 1, count)
+    powers = [last * even**power for power in (0.8, 1.0, 1.25, 1.5)]
+    spaced = [*paths, *powers, (powers[1] + paths[-1]) / 2]
+    distinct = {tuple(int(step) for step in np.round(steps)) for steps in spaced}
+    return [steps for steps in sorted(distinct) if len(set(steps)) == count]
 
 
 def shortest_path(gram: NDArray[np.float64], count: int, depth: int) -> tuple[int, ...]:
@@ -143,30 +187,55 @@ def residual(gram: NDArray[np.float64], known: Sequence[int], step: int) -> floa
     return max(float(gram[step, step] - 2 * weights @ cross + weights @ square @ weights), 0.0)
 
 
-def _improve(
-    best: tuple[int, ...], total: int, measure: Callable[[tuple[int, ...]], tuple[float, Any]], rounds: int
-) -> tuple[int, ...]:
-    """Moves single computed steps by one while the measured error falls, for at most `rounds` trajectories."""
-    order = np.random.default_rng(0).permutation([(i, by) for i in range(1, len(best)) for by in (-1, 1)])
+Schedule = tuple[tuple[int, tuple[int, ...]], ...]  # (step, its computed blocks); no blocks means all of them
+
+
+def whole_steps(computed: Sequence[int]) -> Schedule:
+    return tuple((step, ()) for step in sorted(computed))
+
+
+def moves(schedule: Schedule, num_steps: int) -> Iterator[Schedule]:
+    """Yields schedules with one computed step moved by up to three, in a fixed random order."""
+    steps = [step for step, _ in schedule]
+    order = np.random.default_rng(0).permutation(
+        [(i, by) for i in range(1, len(steps)) for by in (-3, -2, -1, 1, 2, 3)]
+    )
     for i, by in order:
-        if rounds <= 0:
-            break
-        moved = tuple(sorted({*best[:i], best[i] + int(by), *best[i + 1 :]}))
-        if len(moved) == len(best) and moved[-1] < total:
-            rounds -= 1
-            best = min(best, moved, key=lambda computed: measure(computed)[0])
-    return best
+        moved = {*steps[:i], steps[i] + int(by), *steps[i + 1 :]}
+        if len(moved) == len(steps) and 0 < steps[i] + by < num_steps:
+            yield whole_steps(sorted(moved))
+
+
+def exchanges(schedule: Schedule, num_steps: int, regions: Sequence[RegionSpec]) -> Iterator[Schedule]:
+    """Yields schedules in which one whole step gave way to two, before and behind it, of half of the blocks each.
+
+    The half is the first, the last, or every second block (which are the spatial ones of many video models).
+    """
+    blocks = range(1, len(regions))
+    middle = len(blocks) // 2
+    halves = (tuple(blocks[middle:]), tuple(blocks[:middle]), tuple(blocks[::2]), tuple(blocks[1::2]))
+    steps = {step for step, _ in schedule}
+    rng = np.random.default_rng(1)
+    for index in rng.permutation(np.arange(1, len(schedule))):
+        step = schedule[index][0]
+        free = [s for s in range(1, num_steps) if s not in steps]
+        before, behind = ([s for s in free if s < step][-1:], [s for s in free if s > step][:1])
+        if before and behind:
+            half = halves[int(rng.integers(len(halves)))]
+            kept = [entry for entry in schedule if entry[0] != step]
+            yield tuple(sorted([*kept, (before[0], half), (behind[0], half)]))
 
 
 class _ClosedLoop:
-    """Steers a run by a list of computed steps and fits the weights of the others on the way."""
+    """Steers a run by a schedule and fits the weights of its skipped steps on the way."""
 
-    def __init__(self, recording: Recording, computed: Sequence[int]) -> None:
+    def __init__(self, recording: Recording, schedule: Schedule, num_regions: int) -> None:
         self.recording = recording
         self.streams, steps = tuple(recording.outputs), recording.num_steps
-        self.compute = np.zeros((steps, 1), dtype=np.bool_)
-        self.compute[list(computed)] = True
-        self.weights = np.zeros((len(self.streams), steps, 1, DEPTH), dtype=np.float32)
+        self.compute = np.zeros((steps, num_regions), dtype=np.bool_)
+        for step, blocks in schedule:
+            self.compute[step, [0, *(blocks or range(1, num_regions))]] = True
+        self.weights = np.zeros((len(self.streams), steps, num_regions, DEPTH), dtype=np.float32)
 
     def decide(
         self, graph: GuardedGraph, position: Position, state: StreamState, inputs: Sequence[Any]
@@ -175,21 +244,36 @@ class _ClosedLoop:
         if step >= len(self.compute) or stream not in self.streams:
             raise QuantCacheError("generate(model) did not repeat the steps of its first run: fix its seed and steps")
         weights = self.weights[self.streams.index(stream), step]
-        if not self.compute[step] and history:
+        if not self.compute[step, 0] and history:
             assert graph.latent is not None
             deviation = self.recording.inputs[stream][step] - flat(inputs[graph.latent])
             wanted = self.recording.outputs[stream][step] + self.recording.feedback(step) * deviation
             basis = torch.stack([flat(tensors[0]) for _, tensors in history]).double()
             prior = polynomial_weights([c for c, _ in history[:2]], self.recording.timesteps[step])
             weights[0, : len(history)] = _fit(basis, wanted.double(), prior)
+        elif self.compute[step, 0]:
+            for region in np.flatnonzero(~self.compute[step]):
+                known = [at for at, _ in state.history[region]][:2]
+                weights[region, : len(known)] = polynomial_weights(known, self.recording.timesteps[step])
         return self.compute[step], weights
 
     def observe(self, *_: Any) -> None:
         pass
 
-    def plan(self, fingerprint: str, measured: dict[str, float]) -> Plan:
-        timesteps = tuple(self.recording.timesteps)
-        return Plan(fingerprint, "output", ("output",), timesteps, self.compute, self.weights, self.streams, measured)
+    def plan(self, runtime: Runtime, level: str, measured: dict[str, float]) -> Plan:
+        names = tuple(region.name for region in runtime.interface.regions)  # type: ignore[union-attr]
+        partial = (self.compute[:, 1:] != self.compute[:, :1]).any()
+        used = len(names) if partial else 1
+        return Plan(
+            runtime.fingerprint,
+            level if partial else "output",
+            names[:used],
+            tuple(self.recording.timesteps),
+            self.compute[:, :used],
+            self.weights[:, :, :used],
+            self.streams,
+            measured,
+        )
 
 
 def _fit(basis: Tensor, wanted: Tensor, prior: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -37,8 +37,8 @@ def controller(options: Options) -> Controller:
         case "first_block":
             return FirstBlock(**given)  # type: ignore[arg-type]
         case "teacache":
-            return TeaCache(**given)  # type: ignore[arg-type]
+            return TeaCache(**given, polynomial=options.polynomial or (1.0, 0.0))  # type: ignore[arg-type]
         case "magcache":
-            return MagCache(**given)  # type: ignore[arg-type]
+            return MagCache(**given, ratios=options.ratios or ())  # type: ignore[arg-type]
         case _:
             return Static(1)

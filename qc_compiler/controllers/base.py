@@ -1,5 +1,6 @@
 """What a rule sees, and what it returns."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,9 +42,22 @@ class History:
     num_steps: int | None
     regions: Sequence[str]
 
+    @property
+    def in_blocks(self) -> NDArray[np.bool_]:
+        """bool (R,): which regions do the model's work; `output` and `probe` only observe it."""
+        return np.array([name not in ("output", "probe") for name in self.regions], dtype=np.bool_)
+
     def computed_at(self, region: int) -> list[Step]:
         """Returns the steps at which a region was computed, oldest first."""
-        return [step for step in self.steps if step.computed[region]]
+        return self._computed[region]
+
+    @functools.cached_property
+    def _computed(self) -> list[list[Step]]:
+        found: list[list[Step]] = [[] for _ in self.regions]
+        for step in self.steps:
+            for region in np.flatnonzero(step.computed):
+                found[region].append(step)
+        return found
 
     def age(self, region: int) -> int:
         """Returns how many steps ago a region was last computed (1: at the step before this one)."""

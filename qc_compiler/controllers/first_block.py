@@ -23,13 +23,13 @@ class FirstBlock(Controller):
     max_skip: int = 8
 
     def decide(self, history: History) -> NDArray[np.bool_]:
-        count = len(history.regions)
-        decision = np.zeros(count, dtype=np.bool_)
-        decision[0] = True
-        if count > 1:
-            last = max((step.index for step in history.steps if step.computed[1:].all()), default=-1)
+        decision = ~history.in_blocks
+        first, *others = np.flatnonzero(history.in_blocks)
+        decision[first] = True
+        if others:
+            last = max((step.index for step in history.steps if step.computed[others].all()), default=-1)
             since = [s for s in history.steps if s.index > last] or history.steps[-1:]
-            change = sum(float(s.statistics[0, Statistic.CHANGE]) for s in since)
-            unknown = len(history.computed_at(0)) < 2
-            decision[1:] = unknown or change >= self.threshold or history.index - last > self.max_skip
+            change = sum(float(s.statistics[first, Statistic.CHANGE]) for s in since)
+            unknown = len(history.computed_at(int(first))) < 2
+            decision[others] = unknown or change >= self.threshold or history.index - last > self.max_skip
         return decision

@@ -25,7 +25,7 @@ class HLC(Controller):
 
     Attributes:
         tau: Steps until the next computation for small, middling and large D, at 100 steps.
-        threshold: δ₁, the lower limit between them; δ₂ is three times as much.
+        threshold: δ₁, the lower limit between them; δ₂ is three times as much. 0 computes every step.
         max_skip: Most steps reused in a row; None leaves it to τ.
     """
 
@@ -34,7 +34,7 @@ class HLC(Controller):
     max_skip: int | None = None
 
     def decide(self, history: History) -> NDArray[np.bool_]:
-        if history.near_end(2):
+        if self.threshold == 0 or history.near_end(2):
             return np.ones(len(history.regions), dtype=np.bool_)
         return per_region(history, [self._wants(history, r) for r in range(len(history.regions))])
 

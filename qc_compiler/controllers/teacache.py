@@ -31,7 +31,7 @@ class TeaCache(Controller):
 
     def decide(self, history: History) -> NDArray[np.bool_]:
         probe = history.regions.index("probe")
-        others = np.arange(len(history.regions)) != probe
+        others = history.in_blocks
         last = max((step.index for step in history.steps if step.computed[others].all()), default=-1)
         since = [step for step in history.steps if step.index > last] or history.steps[-1:]
         changes = np.array([step.statistics[probe, Statistic.CHANGE] for step in since], dtype=np.float64)

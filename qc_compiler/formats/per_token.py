@@ -2,7 +2,7 @@
 
 scale = amax(|x|, last dimension) / max_code;  q = round(x / scale);  x̂ = q · scale
 |x̂ − x| ≤ scale / 2               for int8 (max_code 127)
-|x̂ − x| ≤ max(|x| / 16, scale·2⁻¹⁰)  for E4M3 (3 mantissa bits; max_code 448)
+|x̂ − x| ≤ max(|x| / 17, scale·2⁻¹⁰)  for E4M3 (3 mantissa bits: half a unit of 1/8 at 17/16; max_code 448)
 """
 
 import torch

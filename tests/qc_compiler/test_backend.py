@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from tiny_models import compile_eagerly, sample, tiny_dit
 
 LEVELS = ["network", "group", "block", "sublayer", "output", "output+block"]

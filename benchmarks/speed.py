@@ -1,0 +1,132 @@
+"""Time, side by side with compiled Inductor in one run: compilation, the cost of a reused step, whole trajectories.
+
+1. Cold compile time at depth 4 and 28 (a process each, empty caches): ours and Inductor's.
+2. A step that reuses everything against a computed one.
+3. A trajectory of 50 steps: its speed-up against the one that the computed share promises.
+
+    python benchmarks/speed.py
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import qc_compiler
+from harness import header, table, write
+from sampling import load_model, sample
+from stdit import STDiT, STDiTConfig
+
+STEPS, REPEATS = 50, 3
+WIDE = STDiTConfig(depth=7, width=384, num_heads=6)  # 14 blocks, where a step costs what it costs in practice
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(compile_seconds(sys.argv[1], int(sys.argv[2]))))
+        return
+    text = header("Speed: compile time, reused steps, trajectories", "python benchmarks/speed.py")
+    text += f"\n## Cold compile time, seconds (STDiT, width 128)\n\n{compile_times()}"
+    text += f"\n## Steps and trajectories\n\n{trajectories()}"
+    write("speed.md", text)
+
+
+def compile_seconds(backend: str, depth: int) -> float:
+    """Compiles an STDiT of `depth` blocks in this process; returns the seconds of its first call."""
+    model = STDiT(STDiTConfig(depth=depth // 2)).eval().requires_grad_(False)
+    options = {"cache": "static", "level": "block"} if backend == "quantcache" else None
+    compiled = torch.compile(model, backend=backend, options=options)
+    start = time.perf_counter()
+    sample(compiled, torch.arange(2), steps=1)
+    return time.perf_counter() - start
+
+
+def compile_times() -> str:
+    depths, rows, seconds = (4, 28), [], {}
+    for backend in ("inductor", "quantcache"):
+        for depth in depths:
+            with tempfile.TemporaryDirectory() as cache:
+                output = subprocess.run(
+                    [sys.executable, __file__, backend, str(depth)],
+                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    cwd=Path(__file__).parent,
+                ).stdout
+            seconds[backend, depth] = json.loads(output.splitlines()[-1])
+            print(f"compile {backend} depth {depth}: {seconds[backend, depth]:.1f} s", flush=True)
+    for backend in ("inductor", "quantcache"):
+        first, last = (seconds[backend, depth] for depth in depths)
+        rows.append((backend, f"{first:.1f}", f"{last:.1f}", f"{last / first:.2f}"))
+    part = seconds["quantcache", 28] / seconds["inductor", 28]
+    rows.append(("quantcache / inductor", "", f"{part:.2f}", ""))
+    return table(("backend", "depth 4", "depth 28", "28 / 4"), rows)
+
+
+def trajectories() -> str:
+    """Times every method over whole trajectories, interleaved, and compares with the share it computes."""
+    models = {
+        "example (12 blocks, width 128, batch 8)": (load_model().requires_grad_(False), 8),
+        "wide (14 blocks, width 384, batch 2, random weights)": (STDiT(WIDE).eval().requires_grad_(False), 2),
+    }
+    options: dict[str, dict[str, object]] = {
+        "block, every 4th": {"cache": "static", "interval": 4, "level": "block"},
+        "network, every 4th": {"cache": "static", "interval": 4, "level": "network"},
+        "output, every 4th": {"cache": "static", "interval": 4, "level": "output"},
+        "sublayer, every 4th": {"cache": "static", "interval": 4, "level": "sublayer"},
+        "block, order 2, every 4th": {"cache": "static", "interval": 4, "level": "block", "cache_order": 2},
+        "block, all computed": {"cache": "static", "interval": 1, "level": "block"},
+    }
+    rows = []
+    for title, (model, batch) in models.items():
+        compiled: dict[str, Callable[..., Tensor]] = {"inductor": torch.compile(model)}
+        compiled |= {name: torch.compile(model, backend="quantcache", options=o) for name, o in options.items()}
+        label = torch.arange(batch)
+        times: dict[str, list[float]] = {name: [] for name in compiled}
+        for function in compiled.values():
+            sample(function, label, steps=2)
+        for _ in range(REPEATS):
+            for name, function in compiled.items():
+                start = time.perf_counter()
+                sample(function, label, STEPS)
+                times[name].append(time.perf_counter() - start)
+        base = statistics.median(times["inductor"])
+        for name, function in compiled.items():
+            seconds = statistics.median(times[name])
+            share = 1.0 if name == "inductor" else qc_compiler.summary(function).computed_share
+            promised, speed_up = 1 / share, base / seconds
+            reused = (
+                "" if share == 1 else f"{(seconds / STEPS - share * base / STEPS) / (1 - share) / (base / STEPS):.1%}"
+            )
+            rows.append(
+                (
+                    title,
+                    name,
+                    f"{seconds:.2f} ({min(times[name]):.2f}–{max(times[name]):.2f})",
+                    f"{share:.2f}",
+                    f"{speed_up:.2f}×",
+                    f"{speed_up / promised:.0%}",
+                    reused,
+                )
+            )
+            print(*rows[-1], flush=True)
+        torch._dynamo.reset()
+    note = (
+        f"\n{STEPS} steps, median (min–max) of {REPEATS} interleaved runs. *of promised*: speed-up × "
+        "share. *reused step*: time of a step that reuses everything, as part of one of Inductor's.\n"
+    )
+    headings = ("model", "method", "seconds", "share", "speed-up", "of promised", "reused step")
+    return table(headings, rows) + note
+
+
+if __name__ == "__main__":
+    main()

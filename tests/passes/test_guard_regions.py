@@ -1,0 +1,320 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from capture import apply, branches, capture, skips
+from passes import GuardRegions
+from qc_compiler.graph import Statistic, body_calls, cond, placeholders, submodules
+from qc_compiler.show import show
+from small_blocks import Feed, Mix, Modulated, Stack, attend
+from tiny_models import tiny_dit
+
+X = torch.arange(24.0).reshape(1, 2, 3, 4) / 24
+LEVELS = ["network", "block", "sublayer"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return capture(tiny_dit(3), torch.randn(2, 6, 8), torch.full((2,), 300.0))
+
+
+def guarded(captured, level, **fields):
+    gm = captured.shared()
+    assert cond not in [node.target for node in gm.graph.nodes]
+    apply(GuardRegions(level, **fields), gm)
+    return gm
+
+
+def call(gm, captured, compute, weights=None, slots=None, inputs=None):
+    """Returns the outputs of the model, the statistics and the new slots of each region."""
+    interface = gm.meta["interface"]
+    if weights is None:
+        weights = torch.ones(len(compute), interface.depth)
+    if slots is None:
+        slots = [
+            torch.zeros(tuple(node.meta["val"].shape), dtype=node.meta["val"].dtype)
+            for node in placeholders(gm.graph)
+            if node.name.startswith("slot_")
+        ]
+    with torch.no_grad():
+        produced = gm(*(inputs or captured.inputs), torch.tensor(compute), weights, *slots)
+    outputs, rest = produced[: interface.num_outputs], produced[interface.num_outputs :]
+    return outputs, rest[0], list(rest[1:])
+
+
+# 1. golden
+
+
+def without_statistics(text):
+    """Leaves the arithmetic of the statistics out: it has a test of its own."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if "%abs_1 = " in line)
+    end = next(i for i, line in enumerate(lines) if "%stack = " in line)
+    return "\n".join([*lines[:start], "  …", *lines[end:]])
+
+
+def test_golden():
+    gm = capture(Stack(Mix()), X).shared()
+    assert "cond" not in show(gm)
+    report = apply(GuardRegions("block"), gm)
+    assert (report.changed, report.skipped) == (1, ())
+    text = without_statistics(show(gm)).replace("f32[1, 2, 3, 4]", "X")
+    assert (
+        text.replace("aten.empty.memory_format(", "aten.empty(")
+        == """\
+graph(%L_x_: X, %decisions: b1[1], %weights: f32[1, 1], %slot_0_0_0: X):
+  %select_int = aten.select(%weights, 0, 0) : f32[1]
+  %select_int_1 = aten.select(%decisions, 0, 0) : b1[]
+  %body_0_guarded = get body_0_guarded
+  %invoke_subgraph = invoke_subgraph(%body_0_guarded, body_0_guarded, %L_x_, %slot_0_0_0, %select_int, %select_int_1) : (X, X, f32[5])
+  %getitem_2 = getitem(%invoke_subgraph, 1) : X
+  %getitem_1 = getitem(%invoke_subgraph, 2) : f32[5]
+  %getitem = getitem(%invoke_subgraph, 0) : X
+  %stack_default = aten.stack((%getitem_1)) : f32[1, 5]
+  return (%getitem, %stack_default, %getitem_2)
+body body_0_guarded(%arg0_1: X, %arg1_1: X, %arg2_1: f32[1], %predicate: b1[]):
+  %compute = get compute
+  %reuse = get reuse
+  %cond = cond(%predicate, %compute, %reuse, (%arg0_1, %arg1_1, %arg2_1)) : (X, X, f32[5])
+  %getitem = getitem(%cond, 0) : X
+  %getitem_1 = getitem(%cond, 1) : X
+  %getitem_2 = getitem(%cond, 2) : f32[5]
+  return (%getitem, %getitem_1, %getitem_2)
+body body_0_guarded.compute(%arg0_1: X, %arg1_1: X, %arg2_1: f32[1]):
+  %scaled_dot_product_attention = aten.scaled_dot_product_attention(%arg0_1, %arg0_1, %arg0_1) : X
+  %add = aten.add(%arg0_1, %scaled_dot_product_attention) : X
+  %sub = aten.sub(%add, %arg0_1) : X
+  %add_1 = aten.add(%arg0_1, %sub) : X
+  …
+  %stack = aten.stack((%div, %div_1, %div_2, %div_3, %ones)) : f32[5]
+  return (%add, %sub, %stack)
+body body_0_guarded.reuse(%arg0_1: X, %arg1_1: X, %arg2_1: f32[1]):
+  %select = aten.select(%arg2_1, 0, 0) : f32[]
+  %mul = aten.mul(%select, %arg1_1) : X
+  %add = aten.add(%arg0_1, %mul) : X
+  %empty = aten.empty((1, 2, 3, 4), dtype=torch.float32, device=cpu, pin_memory=False) : X
+  %zeros = aten.zeros((5), device=cpu, pin_memory=False) : f32[5]
+  return (%add, %empty, %zeros)"""
+    )
+
+
+def test_golden_of_the_network():
+    gm = guarded(capture(Stack(Mix(), Mix()), X), "network")
+    text = show(gm).split("\nbody")[0].replace("f32[1, 2, 3, 4]", "X")
+    assert (
+        text
+        == """\
+graph(%L_x_: X, %decisions: b1[1], %weights: f32[1, 1], %slot_0_0_0: X):
+  %select_int = aten.select(%weights, 0, 0) : f32[1]
+  %select_int_1 = aten.select(%decisions, 0, 0) : b1[]
+  %body_0_guarded = get body_0_guarded
+  %invoke_subgraph_1 = invoke_subgraph(%body_0_guarded, body_0_guarded, %L_x_, %select_int_1) : (X)
+  %getitem_1 = getitem(%invoke_subgraph_1, 0) : X
+  %body_0_guarded_1 = get body_0_guarded
+  %invoke_subgraph = invoke_subgraph(%body_0_guarded_1, body_0_guarded, %getitem_1, %select_int_1) : (X)
+  %getitem = getitem(%invoke_subgraph, 0) : X
+  %network_end = get network_end
+  %invoke_subgraph_2 = invoke_subgraph(%network_end, network_end, %getitem, %L_x_, %slot_0_0_0, %select_int, %select_int_1) : (X, X, f32[5])
+  %getitem_4 = getitem(%invoke_subgraph_2, 0) : X
+  %getitem_3 = getitem(%invoke_subgraph_2, 1) : X
+  %getitem_2 = getitem(%invoke_subgraph_2, 2) : f32[5]
+  %stack_default = aten.stack((%getitem_2)) : f32[1, 5]
+  return (%getitem_4, %stack_default, %getitem_3)"""
+    )
+
+
+# 2. skips
+
+
+def test_an_output_of_numbers_is_not_guarded():
+    gm = capture(lambda x: Mix()(x).argmax(dim=-1), X).shared()
+    report = apply(GuardRegions(None, output=True), gm)
+    assert report.changed == 0
+    assert skips(report) == [("output", "the model returns something else than floating point tensors")]
+    assert "interface" not in gm.meta
+
+
+def test_a_block_without_sublayers_is_guarded_as_a_whole():
+    """Its streams are joined and taken apart again, so no addition leads from what enters to what leaves."""
+
+    def block(x):
+        return torch.cat([attend(x)[:, :1], x[:, 1:]], dim=1)
+
+    captured = capture(Stack(block), X)
+    gm = captured.shared()
+    report = apply(GuardRegions("sublayer"), gm)
+    assert skips(report) == [("blocks.0", "no sub-layers found; the whole block is guarded instead")]
+    assert [region.name for region in gm.meta["interface"].regions] == ["blocks.0"]
+    torch.testing.assert_close(call(gm, captured, [True])[0][0], block(X))
+
+
+def test_a_branch_without_work_is_no_sublayer():
+    captured = capture(Stack(lambda x: x + attend(x) + 2 * x.sin()), X)
+    gm = captured.shared()
+    report = apply(GuardRegions("sublayer"), gm)
+    ((where, reason),) = skips(report)
+    assert where.startswith("blocks.0/")
+    assert reason == "the added branch holds no linear, no convolution and no attention"
+    assert [region.name for region in gm.meta["interface"].regions] == ["blocks.0/attention"]
+
+
+# 3. edges
+
+
+@pytest.mark.parametrize("level", [*LEVELS, None])
+def test_a_graph_without_blocks(level):
+    gm = capture(Stack(Feed()), X).shared()
+    report = apply(GuardRegions(level), gm)
+    assert (report.changed, report.skipped) == (0, ())
+    assert "interface" not in gm.meta
+
+
+def test_a_shared_weight():
+    block = Modulated()
+    stack = Stack(block, block)
+    captured = capture(lambda x: stack(2 * x), X)
+    gm = guarded(captured, "block")
+    with torch.no_grad():
+        torch.testing.assert_close(call(gm, captured, [True, True])[0][0], block(block(2 * X)))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_result_that_two_others_read_and_that_is_returned(level):
+    class Tapped(Stack):
+        def forward(self, x):
+            first = self.blocks[0](2 * x)
+            second = self.blocks[1](first)
+            return second, first * 2, second
+
+    model = Tapped(Mix(), Mix())
+    captured = capture(model, X)
+    gm = guarded(captured, level)
+    found, _, _ = call(gm, captured, [True] * len(gm.meta["interface"].regions))
+    for a, b in zip(found, model(X)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_dynamic_sizes(level):
+    model, x, t = tiny_dit(2), torch.randn(2, 5, 8), torch.full((2,), 300.0)
+    captured = capture(model, x, t, dynamic=True)
+    gm = guarded(captured, level, depth=2)
+    longer = torch.randn(2, 7, 8)
+    inputs = [7 if isinstance(value, int) and value == 5 else value for value in captured.inputs]
+    inputs = [longer if value is x else value for value in inputs]
+    count = len(gm.meta["interface"].regions)
+    slots = [torch.zeros(2, 7, 32)] * (2 * count)
+    (result,), _, fresh = call(gm, captured, [True] * count, torch.ones(count, 2), slots, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(result, model(longer, t), rtol=1e-5, atol=1e-6)
+    repeated = [slot for new in fresh for slot in (new, torch.zeros_like(new))]
+    (again,), _, _ = call(gm, captured, [False] * count, torch.ones(count, 2), repeated, inputs)
+    torch.testing.assert_close(again, result, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_statistics_are_those_of_their_definitions(num_frames):
+    captured = capture(Stack(lambda x: x + attend(x)), torch.randn(2, 6, 8))
+    gm = guarded(captured, "block", num_frames=num_frames)
+    x = captured.inputs[0]
+    old, y = torch.randn(2, 6, 8), x + attend(x)
+    delta = y - x
+    _, rows, (slot,) = call(gm, captured, [True], slots=[old])
+    torch.testing.assert_close(slot, delta)
+    video = delta.reshape(2, 3, 2, 8)
+    moved, size = (video[:, 1:] - video[:, :-1]).abs().sum(), (video[:, 1:].abs() + video[:, :-1].abs()).sum()
+    expected = {
+        Statistic.GAMMA: delta.abs().mean() / x.abs().mean(),
+        Statistic.CHANGE: (delta - old).abs().mean() / old.abs().mean(),
+        Statistic.MAGNITUDE: delta.abs().mean() / old.abs().mean(),
+        Statistic.COSINE: F.cosine_similarity(x.flatten(), y.flatten(), dim=0),
+        Statistic.MOTION: moved / size if num_frames > 1 else torch.tensor(1.0),
+    }
+    torch.testing.assert_close(rows[0], torch.stack([expected[column] for column in Statistic]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_interface_describes_the_inputs_and_outputs(tiny, level, depth):
+    gm = guarded(tiny, level, output=True, depth=depth)
+    interface = gm.meta["interface"]
+    names = [region.name for region in interface.regions]
+    inner = {
+        "network": ["network"],
+        "block": [f"blocks.{i}" for i in range(3)],
+        "sublayer": [f"blocks.{i}/{kind}" for i in range(3) for kind in ("attention", "mlp")],
+    }[level]
+    assert names == ["output", *inner]
+    added = [node.name for node in placeholders(gm.graph)][len(tiny.inputs) :]
+    assert added[:2] == ["decisions", "weights"]
+    assert len(added) == 2 + depth * len(interface.slots)
+    _, rows, fresh = call(gm, tiny, [True] * len(names))
+    assert rows.shape == (len(names), len(Statistic))
+    assert [tuple(value.shape) for value in fresh] == [shape for slot in interface.slots for shape in slot.shapes]
+    assert [slot.region for slot in interface.slots] == list(range(len(names)))
+
+
+# 4. equivalence
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
+def test_computing_equals_the_model(level, cache_dtype):
+    model, args = tiny_dit(3), (torch.randn(2, 6, 8), torch.full((2,), 300.0))
+    captured = capture(model, *args)
+    gm = guarded(captured, level, depth=2, cache_dtype=cache_dtype)
+    (result,), _, _ = call(gm, captured, [True] * len(gm.meta["interface"].regions))
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(*(arg.double() for arg in args))
+    assert (result - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_reusing_what_was_just_computed_equals_the_model(tiny, level):
+    gm = guarded(tiny, level)
+    count = len(gm.meta["interface"].regions)
+    (result,), _, fresh = call(gm, tiny, [True] * count)
+    (again,), rows, _ = call(gm, tiny, [False] * count, slots=fresh)
+    torch.testing.assert_close(again, result, rtol=1e-5, atol=1e-5)
+    assert (rows == 0).all()
+    (other,), _, _ = call(gm, tiny, [False] * count, slots=[slot + 1 for slot in fresh])
+    assert not torch.allclose(other, result, atol=1e-2)
+
+
+# Invariant 3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_no_branch_returns_memory_of_its_inputs(tiny, level, cache_dtype):
+    gm = guarded(tiny, level, depth=2, cache_dtype=cache_dtype)
+    assert len(branches(gm)) >= 2
+    for branch in branches(gm):
+        kinds = [node.meta["val"] for node in placeholders(branch.graph)]
+        operands = [torch.zeros(tuple(val.shape), dtype=val.dtype) for val in kinds]
+        taken = {operand.untyped_storage().data_ptr() for operand in operands}
+        for result in branch(*operands):
+            storage = result.untyped_storage().data_ptr()
+            assert storage not in taken
+            taken.add(storage)
+
+
+# 5. idempotence
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_second_run_leaves_the_graph_alone(tiny, level):
+    gm = guarded(tiny, level)
+    before = show(gm)
+    assert apply(GuardRegions(level), gm).changed == 0
+    assert show(gm) == before
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_blocks_of_one_structure_still_share_one_body(tiny, level):
+    gm = guarded(tiny, level)
+    assert len({call.args[1] for call in body_calls(gm) if call.args[1] != "network_end"}) == 1
+    used = [name for name, _ in submodules(gm) if "." not in name]
+    assert used == [name for name in used if name in ("body_0_guarded", "network_end")]

@@ -1,0 +1,203 @@
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from qc_compiler import Plan
+from qc_compiler.errors import OptionError, PlanError
+from qc_compiler.options import CACHE_DTYPES, CACHES, LEVELS, PRESETS, Options, changed, parse_options
+
+
+def plan(level="block", depth=2, regions=("blocks.0", "blocks.1")):
+    count = len(regions)
+    return Plan(
+        "f" * 64, level, regions, (1000.0, 500.0), np.ones((2, count), bool), np.ones((1, 2, count, depth), "f4")
+    )
+
+
+def test_nothing_given_is_the_balanced_preset():
+    options = parse_options(None)
+    assert options == parse_options({})
+    assert options == parse_options({"preset": "balanced"})
+    assert {name: getattr(options, name) for name in PRESETS["balanced"]} == PRESETS["balanced"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_fill_in_what_is_left_open(preset):
+    options = parse_options({"preset": preset})
+    assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert parse_options({"preset": preset, "max_skip": 7}).max_skip == 7
+    assert options.exact == (preset == "exact")
+
+
+def test_an_explicit_rule_takes_its_own_defaults():
+    options = parse_options({"cache": "static"})
+    assert (options.cache_order, options.max_skip, options.level) == (0, None, "network")
+
+
+@pytest.mark.parametrize("cache", ["tdc", "first_block", "magcache"])
+def test_rules_for_blocks_guard_blocks_if_nothing_else_is_said(cache):
+    assert parse_options({"cache": cache}).level == "block"
+
+
+def test_a_level_that_is_given_stays():
+    assert parse_options({"cache": "tdc", "level": "sublayer"}).level == "sublayer"
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("level", ["block", "output+block"])
+def test_every_rule_is_accepted(cache, level):
+    assert parse_options({"cache": cache, "level": level}).cache == cache
+
+
+@pytest.mark.parametrize(
+    ("level", "graph_level", "guards_output"),
+    [
+        ("network", "network", False),
+        ("group", "block", False),
+        ("block", "block", False),
+        ("sublayer", "sublayer", False),
+        ("output", None, True),
+        ("output+network", "network", True),
+        ("output+group", "block", True),
+        ("output+sublayer", "sublayer", True),
+    ],
+)
+def test_levels(level, graph_level, guards_output):
+    options = parse_options({"cache": "static", "level": level})
+    assert (options.graph_level, options.guards_output) == (graph_level, guards_output)
+
+
+@pytest.mark.parametrize(
+    ("typo", "name"),
+    [("treshold", "threshold"), ("cache_oder", "cache_order"), ("intervall", "interval"), ("num_step", "num_steps")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(typo, name):
+    with pytest.raises(OptionError, match=rf"unknown option '{typo}': did you mean '{name}'\? valid: cache, "):
+        parse_options({typo: 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "balance"}, "preset='balance': did you mean 'balanced'?"),
+        ({"preset": None}, "preset=None: valid: "),
+        ({"preset": ["fast"]}, "preset=['fast']: "),
+        ({"cache": "hcl"}, "cache='hcl': did you mean 'hlc'?"),
+        ({"cache": True}, "cache=True: "),
+        ({"cache": {}}, "cache={}: "),
+        ({"cache_dtype": "int9"}, "cache_dtype='int9': did you mean 'int8'?"),
+        ({"cache_dtype": torch.int8}, "cache_dtype=torch.int8: "),
+        ({"cache_dtype": None}, "cache_dtype=None: "),
+        ({"level": "blocks"}, "level='blocks': did you mean 'block'?"),
+        ({"level": "output+blocks"}, "level='output+blocks': did you mean "),
+        ({"level": "output+output"}, "level='output+output': "),
+        ({"level": "output+"}, "level='output+': "),
+        ({"level": None}, "level=None: "),
+        ({"cache_order": 3}, "cache_order=3: expected 0, 1 or 2"),
+        ({"cache_order": -1}, "cache_order=-1: expected a whole number of at least 0"),
+        ({"cache_order": True}, "cache_order=True: expected a whole number of at least 0"),
+        ({"interval": 0}, "interval=0: expected a whole number of at least 1"),
+        ({"interval": 2.0}, "interval=2.0: expected a whole number of at least 1"),
+        ({"interval": "2"}, "interval='2': expected a whole number of at least 1"),
+        ({"max_skip": -1}, "max_skip=-1: expected a whole number of at least 0"),
+        ({"num_steps": 0}, "num_steps=0: expected a whole number of at least 1"),
+        ({"num_frames": 0}, "num_frames=0: expected a whole number of at least 1"),
+        ({"threshold": -0.1}, "threshold=-0.1: expected a number of at least 0"),
+        ({"threshold": float("nan")}, "threshold=nan: expected a number of at least 0"),
+        ({"threshold": "0.1"}, "threshold='0.1': expected a number of at least 0"),
+        ({"threshold": True}, "threshold=True: expected a number of at least 0"),
+        ({"polynomial": 1.0}, "polynomial=1.0: expected numbers"),
+        ({"ratios": ["a"]}, "ratios=['a']: expected numbers"),
+        ({"strict": "yes"}, "strict='yes': expected True or False"),
+        ({"timestep": 3}, "timestep=3: expected the name of an input"),
+        ({"disable": 3}, "disable=3: expected names of passes"),
+        ({"disable": [3]}, "disable=[3]: expected names of passes"),
+        ({"plan": 7}, "plan=7: expected a qc_compiler.Plan or the path of one"),
+        ({"cache": "first_block", "level": "network"}, "cache='first_block' compares block residuals: level='network'"),
+        ({"cache": "first_block", "level": "output"}, "cache='first_block' compares block residuals: level='output'"),
+        ({"cache": "teacache", "level": "output"}, "cache='teacache' reads the input of the first block"),
+    ],
+)
+def test_every_bad_value_is_refused_with_its_name_and_what_is_valid(given, message):
+    with pytest.raises(OptionError, match="^" + re.escape(message)):
+        parse_options(given)
+
+
+def test_limits_that_are_still_valid():
+    assert parse_options({"max_skip": 0, "threshold": 0, "interval": 1, "cache_order": 2}).max_skip == 0
+    assert parse_options({"threshold": float("inf")}).threshold == float("inf")
+
+
+def test_the_slots_formats_are_dtypes():
+    assert {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn} == CACHE_DTYPES
+    assert "network" in LEVELS
+
+
+def test_disable_takes_one_name_or_several():
+    assert parse_options({"disable": "normalize"}).disable == ("normalize",)
+    assert parse_options({"disable": ["normalize", "share-bodies"]}).disable == ("normalize", "share-bodies")
+
+
+def test_a_plan_brings_its_level_and_depth():
+    options = parse_options({"plan": plan("sublayer", depth=3), "level": "network"})
+    assert (options.level, options.cache_order, options.depth) == ("sublayer", 2, 3)
+    assert not options.exact
+
+
+def test_a_plan_may_be_a_path(tmp_path):
+    path = tmp_path / "a.safetensors"
+    plan().save(path)
+    for given in (path, str(path)):
+        assert parse_options({"plan": given}).plan.regions == ("blocks.0", "blocks.1")
+
+
+def test_a_path_without_a_plan(tmp_path):
+    with pytest.raises(PlanError, match="no plan at .*missing"):
+        parse_options({"plan": tmp_path / "missing"})
+
+
+def test_options_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse_options({}).cache = "off"
+
+
+# -- changes without a new graph
+
+
+def test_steering_values_change():
+    options = parse_options({"cache": "hlc"})
+    assert changed(options, {"threshold": 0.5, "max_skip": 3}) == dataclasses.replace(
+        options, threshold=0.5, max_skip=3
+    )
+
+
+@pytest.mark.parametrize("name", sorted({f.name for f in dataclasses.fields(Options)} - Options.STEERING))
+def test_what_shapes_the_graph_does_not_change(name):
+    with pytest.raises(OptionError, match=f"option '{name}' cannot change without a new torch.compile"):
+        changed(parse_options({}), {name: getattr(Options(), name)})
+
+
+def test_a_change_is_checked_like_an_option():
+    with pytest.raises(OptionError, match="threshold=-1"):
+        changed(parse_options({}), {"threshold": -1})
+    with pytest.raises(OptionError, match="option 'treshold' cannot change .* did you mean 'threshold'"):
+        changed(parse_options({}), {"treshold": 1})
+
+
+def test_a_plan_of_the_same_graph_may_be_changed_to(tmp_path):
+    options = parse_options({"cache": "static", "level": "block", "cache_order": 1})
+    path = tmp_path / "a.safetensors"
+    plan("block", depth=2).save(path)
+    assert changed(options, {"plan": path}).plan.num_steps == 2
+    assert changed(options, {"plan": plan("block", depth=2)}).plan.num_steps == 2
+    assert changed(changed(options, {"plan": path}), {"plan": None}) == options
+
+
+@pytest.mark.parametrize("other", [plan("network", depth=2), plan("block", depth=1)])
+def test_a_plan_for_another_graph_is_refused(other):
+    options = parse_options({"cache": "static", "level": "block", "cache_order": 1})
+    with pytest.raises(OptionError, match="plan=.* needs a new torch.compile"):
+        changed(options, {"plan": other})

@@ -1,0 +1,675 @@
+"""The invariants of the runtime, and what happens to it when things go wrong."""
+
+import gc
+import threading
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import qc_compiler
+from driver import SHAPE, Driver, noise
+from qc_compiler import OptionError, Plan, PlanError, UnsupportedModelError, stream
+from qc_compiler.formats.per_token import dequantize_per_token
+from qc_compiler.registry import runtime_of
+from qc_compiler.runtime import MAX_STREAMS
+from ranks import decide_as_rank
+from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
+
+EVERY_SECOND = {"cache": "static", "interval": 2, "level": "block"}
+LONG = {"cache": "static", "interval": 100, "level": "block"}  # after the first step all is reused, if it may be
+LEVELS = ["network", "block", "sublayer", "output", "output+block"]
+
+
+@pytest.fixture
+def model():
+    return tiny_dit(3)
+
+
+def plain(model, x, timestep):
+    with torch.no_grad():
+        return model(x, torch.full((len(x),), float(timestep)))
+
+
+def assert_computed(result, model, x, timestep):
+    torch.testing.assert_close(result, plain(model, x, timestep), rtol=1e-5, atol=1e-6)
+
+
+def assert_reused(result, model, x, timestep):
+    assert not torch.allclose(result, plain(model, x, timestep), atol=1e-4)
+
+
+# -- where a trajectory begins
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_first_step_is_computed_and_the_next_may_be_reused(level, model):
+    driver, x = Driver(**LONG | {"level": level}), noise()
+    assert_computed(driver(x, 1000), model, x, 1000)
+    assert_reused(driver(x, 900), model, x, 900)
+    assert driver.computed() == [True, False]
+
+
+@pytest.mark.parametrize("timesteps", [(1000, 900, 800), (0.0, 0.1, 0.2)])
+def test_a_timestep_that_turns_back_begins_a_new_trajectory(timesteps, model):
+    driver, x = Driver(**LONG), noise()
+    for timestep in (*timesteps, timesteps[0]):
+        result = driver(x, timestep)
+    assert driver.computed() == [True, False, False, True]
+    assert_computed(result, model, x, timesteps[0])
+    assert len(driver.runtime.trajectories) == 2
+
+
+def test_steps_out_of_order_begin_a_new_trajectory_each_time_they_turn(model):
+    driver, x = Driver(**LONG), noise()
+    for timestep in (1000, 900, 950, 960, 850):
+        driver(x, timestep)
+    assert driver.computed() == [True, False, True, False, True]
+
+
+def test_new_noise_begins_a_new_trajectory(model):
+    driver = Driver(**LONG)
+    for seed, timestep in ((0, 1000), (0, 900), (1, 800), (1, 700)):
+        result = driver(noise(seed), timestep)
+        if timestep == 800:
+            assert_computed(result, model, noise(seed), timestep)
+    assert driver.computed() == [True, False, True, False]
+
+
+def test_new_noise_at_the_very_timestep_is_not_the_next_call_of_that_stream(model):
+    """A run that was given up after one step leaves nothing to the next one."""
+    driver = Driver(**LONG)
+    driver(noise(0), 1000)
+    driver(noise(1), 1000)
+    assert_computed(driver(noise(1), 900), model, noise(1), 900)
+
+
+def test_a_sampler_step_is_no_jump():
+    driver, x = Driver(**LONG), noise()
+    driver(x, 1000)
+    driver(x + 0.7 * noise(1), 900)
+    assert driver.computed() == [True, False]
+
+
+def test_another_batch_size_or_resolution_begins_a_new_trajectory(model):
+    compiled = compile_eagerly(model, LONG)
+    with torch.no_grad():
+        for shape in (SHAPE, (3, *SHAPE[1:]), (SHAPE[0], 20, 8)):
+            x, t = noise(0, *shape), torch.full((shape[0],), 1000.0)
+            torch.testing.assert_close(compiled(x, t), model(x, t), rtol=1e-5, atol=1e-6)
+            assert_reused(compiled(x, t - 100), model, x, 900)
+
+
+def test_a_change_of_shape_in_mid_trajectory_leaves_the_slots_of_the_other_shape_alone(model):
+    compiled = compile_eagerly(model, LONG)
+    big, small = noise(0), noise(0, 1, 16, 8)
+    alone = Driver(**LONG)
+    expected = [alone(big, t) for t in (1000, 900, 700)]
+    with torch.no_grad():
+        found = [compiled(big, torch.full((2,), t)) for t in (1000.0, 900.0)]
+        assert_computed(compiled(small, torch.full((1,), 800.0)), model, small, 800)
+        found.append(compiled(big, torch.full((2,), 700.0)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_reset_forgets_everything(model):
+    driver, x = Driver(**LONG), noise()
+    driver(x, 1000)
+    driver.runtime.reset()
+    assert driver.slots() == []
+    assert_computed(driver(x, 900), model, x, 900)
+
+
+def test_reset_reaches_other_threads(model):
+    driver, x, go, done = Driver(**LONG), noise(), threading.Event(), threading.Event()
+
+    def work():
+        driver(x, 1000)
+        done.set()
+        go.wait(10)
+        driver(x, 900)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    done.wait(10)
+    driver.runtime.reset()
+    go.set()
+    worker.join()
+    assert driver.computed() == [True, True]
+
+
+# -- invariant 7: streams, threads and models do not see each other
+
+
+def alone(seed, timesteps=(1000, 900, 800, 700), **options):
+    driver = Driver(**EVERY_SECOND | options)
+    return [driver(noise(seed), t) for t in timesteps]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_two_calls_at_one_timestep_are_two_streams(level):
+    driver = Driver(**EVERY_SECOND | {"level": level})
+    both = [[driver(noise(seed), t) for seed in (0, 1)] for t in (1000, 900, 800, 700)]
+    assert torch.equal(torch.stack([a for a, _ in both]), torch.stack(alone(0, level=level)))
+    assert torch.equal(torch.stack([b for _, b in both]), torch.stack(alone(1, level=level)))
+
+
+def test_calls_at_one_timestep_without_end_are_no_streams():
+    driver = Driver(**LONG)
+    for _ in range(3 * MAX_STREAMS):
+        driver(noise(), 1000)
+    assert max(len(t.streams) for t in driver.runtime.trajectories) == MAX_STREAMS
+    assert all(driver.computed())
+
+
+def test_named_streams_keep_apart_at_different_timesteps():
+    driver, found = Driver(**EVERY_SECOND), {"a": [], "b": []}
+    for t in (1000, 900, 800, 700):
+        with stream("a"):
+            found["a"].append(driver(noise(0), t))
+        if t > 700:
+            with stream("b"):
+                found["b"].append(driver(noise(1), t - 500))
+    assert torch.equal(torch.stack(found["a"]), torch.stack(alone(0)))
+    assert torch.equal(torch.stack(found["b"]), torch.stack(alone(1, (500, 400, 300))))
+
+
+def test_a_named_stream_that_is_left_out_at_some_steps():
+    driver = Driver(**LONG)
+    for t in (1000, 900, 800):
+        with stream("cond"):
+            driver(noise(0), t)
+        if t != 900:
+            with stream("uncond"):
+                result = driver(noise(1), t)
+    assert torch.equal(result, alone(1, (1000, 800), **LONG)[-1])
+
+
+def test_names_end_with_their_block_even_after_an_error():
+    from qc_compiler.runtime import _STREAM
+
+    with pytest.raises(ZeroDivisionError), stream("outer"):
+        with stream("inner"):
+            assert _STREAM.get() == "inner"
+        assert _STREAM.get() == "outer"
+        raise ZeroDivisionError
+    assert _STREAM.get() is None
+
+
+def test_two_threads_keep_apart():
+    driver, barrier, found = Driver(**EVERY_SECOND), threading.Barrier(2, timeout=20), {}
+
+    def work(seed):
+        results = []
+        for t in (1000, 900, 800, 700):
+            barrier.wait()
+            results.append(driver(noise(seed), t))
+        found[seed] = results
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for seed in (0, 1):
+        assert torch.equal(torch.stack(found[seed]), torch.stack(alone(seed)))
+
+
+def test_two_models_keep_apart():
+    models = [tiny_dit(3, seed) for seed in (0, 1)]
+    compiled = [compile_eagerly(model, EVERY_SECOND) for model in models]
+    expected = [sample(compile_eagerly(model, EVERY_SECOND | {"strict": True}), 4) for model in models]
+    steps = []
+    xs = [noise(5), noise(5)]
+    with torch.no_grad():
+        x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+        xs = [x, x]
+        for step in range(4):
+            t = torch.full((2,), 1000.0 * (1 - step / 4))
+            steps.append([compiled[i](xs[i], t) for i in (0, 1)])
+            xs = [xs[i] - steps[-1][i] / 4 for i in (0, 1)]
+    for i in (0, 1):
+        assert torch.equal(torch.stack([step[i] for step in steps]), expected[i])
+
+
+# -- steering
+
+
+def test_a_threshold_changes_without_compiling_again(model):
+    calls = []
+
+    def backend(gm, inputs):
+        calls.append(gm)
+        return eager_backend(gm, inputs, options={"cache": "tdc", "threshold": 0.0})
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    torch.testing.assert_close(sample(compiled), sample(model), rtol=1e-5, atol=1e-6)
+    qc_compiler.configure(compiled, threshold=1e9)
+    assert not torch.allclose(sample(compiled), sample(model), atol=1e-4)
+    qc_compiler.configure(compiled, cache="static", interval=1)
+    torch.testing.assert_close(sample(compiled), sample(model), rtol=1e-5, atol=1e-6)
+    assert len(calls) == 1
+
+
+def test_a_whole_trajectory_with_guidance_is_one_graph(model):
+    calls = []
+
+    def backend(gm, inputs):
+        calls.append(gm)
+        return eager_backend(gm, inputs, options={"cache": "hlc", "level": "block", "cache_order": 2})
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for t in torch.linspace(1000, 0, 20):
+            for seed in (0, 1):
+                compiled(noise(seed), t.expand(2).contiguous())
+    assert len(calls) == 1
+
+
+def test_a_wrong_change_is_refused_and_changes_nothing():
+    driver = Driver(**EVERY_SECOND)
+    before = driver.runtime.options
+    for changes in ({"level": "network"}, {"threshold": -1.0}, {"cache": "teacache"}):
+        with pytest.raises(OptionError):
+            driver.runtime.configure(**changes)
+    assert driver.runtime.options is before
+
+
+def test_a_graph_with_a_probe_can_leave_teacache_and_return():
+    driver, x = Driver(cache="teacache", level="block", threshold=1e9), noise()
+    driver.runtime.configure(cache="static", interval=100)
+    driver(x, 1000)
+    driver(x, 900)
+    driver.runtime.configure(cache="teacache")
+    driver(x, 800)
+    assert driver.graph.names[0] == "probe"
+    assert [row.tolist() for row in driver.decisions[1:]] == [[True, False, False, False]] * 2
+
+
+def plan_for(driver, num_steps=4, **changes):
+    names = driver.graph.names
+    compute = np.zeros((num_steps, len(names)), dtype=np.bool_)
+    compute[0] = compute[2, 1] = True
+    weights = np.full((1, num_steps, len(names), driver.graph.interface.depth), 0.5, dtype=np.float32)
+    fields = {
+        "fingerprint": driver.runtime.fingerprint,
+        "level": "block",
+        "regions": names,
+        "timesteps": tuple(1000.0 - 100 * i for i in range(num_steps)),
+        "compute": compute,
+        "weights": weights,
+    }
+    return Plan(**fields | changes)
+
+
+def test_a_plan_decides_by_timestep():
+    driver = Driver(**EVERY_SECOND)
+    driver.runtime.configure(plan=plan_for(driver))
+    for t in (1000, 900, 800, 700):
+        driver(noise(), t)
+    assert [row.tolist() for row in driver.decisions] == [[True] * 3, [False] * 3, [False, True, False], [False] * 3]
+    assert all((row == 0.5).all() for row in driver.weights)
+
+
+def test_a_step_that_the_plan_skipped_is_computed_where_no_slot_is_filled_yet():
+    driver = Driver(**EVERY_SECOND)
+    driver.runtime.configure(plan=plan_for(driver, compute=np.zeros((4, 3), np.bool_)))
+    driver(noise(), 1000)
+    driver(noise(), 900)
+    assert driver.computed() == [True, False]
+
+
+def test_plans_that_do_not_fit_are_refused():
+    driver = Driver(**EVERY_SECOND)
+    with pytest.raises(PlanError, match="calibrate this model"):
+        driver.runtime.configure(plan=plan_for(driver, fingerprint="0" * 64))
+    with pytest.raises(OptionError, match=r"needs a new torch\.compile"):
+        driver.runtime.configure(plan=plan_for(driver, level="network"))
+    driver.runtime.configure(plan=plan_for(driver))
+    with pytest.raises(PlanError, match="none of the plan's 4 steps"):
+        driver(noise(), 1234)
+
+
+def test_a_wrong_plan_is_refused_when_the_model_is_compiled(model):
+    driver = Driver(**EVERY_SECOND)
+    compiled = compile_eagerly(model, {"plan": plan_for(driver, fingerprint="0" * 64)})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="calibrate this model"):
+        sample(compiled, 1)
+
+
+def test_the_number_of_steps_is_the_users_or_learned():
+    assert Driver(**EVERY_SECOND, num_steps=9).runtime.num_steps() == 9
+    driver = Driver(cache="hlc", level="block", threshold=1e9)
+    for _ in range(2):
+        sample(driver, 12)
+    # once the length is known, the last two steps are computed
+    assert driver.computed()[12 + 10 :] == [True, True]
+    assert not all(driver.computed()[10:12])
+
+
+def test_slots_are_given_back_when_the_trajectory_is_over():
+    driver = Driver(**EVERY_SECOND, num_steps=4)
+    sample(driver, 4)
+    assert driver.slots() == []
+
+
+class Counted(nn.Module):
+    """A model without a timestep."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_dit(2)
+
+    def forward(self, x):
+        return self.inner(x, torch.full((x.shape[0],), 500.0))
+
+
+def test_without_a_timestep_steps_are_counted():
+    model = Counted()
+    compiled, x = compile_eagerly(model, LONG | {"num_steps": 3}), noise()
+    with torch.no_grad():
+        results = [compiled(x + 0.1 * step) for step in range(4)]
+        expected = [model(x + 0.1 * step) for step in range(4)]
+    same = [torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(results, expected)]
+    assert same == [True, False, False, True]
+
+
+def test_without_a_timestep_or_a_number_of_steps_the_model_runs_plain():
+    model, x = Counted(), noise()
+    compiled = compile_eagerly(model, LONG)
+    with torch.no_grad(), pytest.warns(UserWarning, match="no timestep input was found"):
+        compiled(x)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x + 1), model(x + 1))
+
+
+# -- extrapolation
+
+
+def test_the_order_falls_back_while_the_history_is_short():
+    driver = Driver(**EVERY_SECOND | {"cache_order": 2, "interval": 1})
+    for t in (1000, 900):
+        driver(noise(), t)
+    driver.runtime.configure(interval=100)
+    driver(noise(), 850)
+    assert driver.weights[-1].tolist() == [[1.5, -0.5, 0.0]] * 3
+    assert driver.computed() == [True, True, False]
+    driver = Driver(**LONG, cache_order=2)
+    for t in (1000, 900):
+        driver(noise(), t)
+    assert driver.weights[-1].tolist() == [[1.0, 0.0, 0.0]] * 3
+    driver = Driver(**EVERY_SECOND | {"cache_order": 2, "interval": 1})
+    for t in (1000, 900, 800):
+        driver(noise(), t)
+    driver.runtime.configure(interval=100)
+    driver(noise(), 700)
+    assert driver.weights[-1].tolist() == [[3.0, -3.0, 1.0]] * 3
+
+
+def test_reuse_repeats_what_the_graph_returned_to_the_last_bit():
+    """At the level of the output a reused step of order 0 is the step before."""
+    driver = Driver(**LONG | {"level": "output"})
+    first = driver(noise(), 1000)
+    assert torch.equal(driver(noise(), 900), first)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_the_user_does_to_a_result_does_not_reach_the_slots(level):
+    spoiled, left_alone = Driver(**LONG | {"level": level}), Driver(**LONG | {"level": level})
+    for t in (1000, 900, 800):
+        result = spoiled(noise(), t)
+        expected = left_alone(noise(), t)
+        assert torch.equal(result, expected)
+        result.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8"])
+def test_compressed_slots_are_within_the_documented_bound(cache_dtype):
+    narrow, wide = Driver(**LONG, cache_dtype=cache_dtype), Driver(**LONG)
+    for driver in (narrow, wide):
+        driver(noise(), 1000)
+    assert narrow.slots()[0].element_size() == 1
+    pairs = zip(narrow.slots()[::2], narrow.slots()[1::2], wide.slots())
+    for codes, scale, delta in pairs:
+        error = (dequantize_per_token(codes, scale) - delta).abs()
+        bound = scale / 2 if cache_dtype == "int8" else torch.maximum(delta.abs() / 17, scale * 2.0**-10)
+        # the residual itself differs by what another order of the float32 sums makes of it
+        assert (error <= bound * (1 + 1e-5) + 1e-6).all()
+    result, expected = narrow(noise(), 900), wide(noise(), 900)
+    assert 0 < (result - expected).abs().mean() / expected.abs().mean() < 0.05
+
+
+# -- faults
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_failure_in_mid_step_leaves_the_slots_of_the_step_before(level):
+    options = EVERY_SECOND | {"level": level, "cache_order": 1}
+    driver, expected = Driver(**options), []
+    undisturbed = Driver(**options)
+    for number, t in enumerate((1000, 900, 800, 700, 600)):
+        expected.append(undisturbed(noise(), t))
+        compiled = driver.graph.compiled
+
+        def fails(*args, compiled=compiled):
+            compiled(*args)
+            raise torch.OutOfMemoryError("out of memory")
+
+        if number in (0, 2, 4):
+            driver.graph.compiled = fails
+            before = driver.slots()
+            with pytest.raises(torch.OutOfMemoryError):
+                driver(noise(), t)
+            assert [id(a) for a in driver.slots()] == [id(b) for b in before]
+            driver.graph.compiled = compiled
+        assert torch.equal(driver(noise(), t), expected[-1])
+
+
+def test_nan_in_a_parameter_for_one_step(model):
+    driver, x = Driver(**EVERY_SECOND), noise()
+    weight = driver.parameters[-3]
+    for t in (1000, 900):
+        driver(x, t)
+    whole = weight.data
+    weight.data = torch.full_like(whole, float("nan"))
+    assert driver(x, 800).isnan().any()  # computed, since the weights changed
+    # The weights come back unnoticed: what notices is that the statistics hold NaN.
+    driver.graph._parameters_version = lambda inputs, version=driver.graph._parameters_version(driver.inputs): version
+    weight.data = whole
+    with pytest.warns(UserWarning, match=r"NaN or Inf in the statistics of blocks\.\d.*computed in full") as caught:
+        result = driver(x, 700)
+    assert len(caught) == 1
+    assert_computed(result, model, x, 700)
+    assert driver.computed()[-1]
+    assert all(slot.isfinite().all() for slot in driver.slots())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        driver(x, 600)
+
+
+def test_a_poisoned_slot_is_refilled(model):
+    driver, x = Driver(**EVERY_SECOND), noise()
+    driver(x, 1000)
+    driver.slots()[0][0, 0, 0] = float("nan")
+    driver(x, 900)
+    driver(x, 800)  # computed; compared with the poisoned slot
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        assert_computed(driver(x, 700), model, x, 700)
+    assert all(slot.isfinite().all() for slot in driver.slots())
+
+
+def test_nan_warns_once_a_place():
+    driver, x = Driver(**EVERY_SECOND), noise()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for t in range(1000, 400, -100):
+            driver(x, t)
+            for slot in driver.slots():
+                slot.fill_(float("inf"))
+    assert len(caught) == 1
+
+
+def spoil_data(weight):
+    weight.data = weight.data + 1
+
+
+def spoil_in_place(weight):
+    with torch.no_grad():
+        weight.add_(1)
+
+
+def spoil_by_copy(weight):
+    with torch.no_grad():
+        weight.copy_(weight + 1)  # what load_state_dict does
+
+
+@pytest.mark.parametrize("spoil", [spoil_data, spoil_in_place, spoil_by_copy])
+@pytest.mark.parametrize("level", LEVELS)
+def test_changed_weights_drop_the_slots(spoil, level):
+    driver = Driver(**LONG | {"level": level})
+    for t in (1000, 900):
+        driver(noise(), t)
+    spoil(driver.parameters[4])
+    fresh = Driver(**LONG | {"level": level})
+    fresh.inputs = driver.inputs
+    assert torch.equal(driver(noise(), 800), fresh(noise(), 800))
+    assert driver.computed() == [True, False, True]
+
+
+def test_load_state_dict_drops_the_slots():
+    model, other, x = tiny_dit(2, seed=0), tiny_dit(2, seed=1), noise()
+    compiled = compile_eagerly(model, LONG)
+    with torch.no_grad():
+        compiled(x, torch.full((2,), 1000.0))
+        model.load_state_dict(other.state_dict())
+        assert_computed(compiled(x, torch.full((2,), 900.0)), other, x, 900)
+
+
+def test_a_model_that_moves_to_another_dtype_drops_its_slots():
+    model, x = tiny_dit(2), noise()
+    compiled = compile_eagerly(model, LONG)
+    with torch.no_grad():
+        compiled(x, torch.full((2,), 1000.0))
+        model.double()
+        result = compiled(x.double(), torch.full((2,), 900.0))
+        torch.testing.assert_close(result, model(x.double(), torch.full((2,), 900.0)))
+
+
+def test_a_change_of_precision_in_mid_trajectory_drops_the_slots(model):
+    """Under autocast the residual stream has another dtype, which no slot of the step before has."""
+    compiled, x = compile_eagerly(model, LONG), noise()
+    with torch.no_grad():
+        compiled(x, torch.full((2,), 1000.0))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result, expected = compiled(x, torch.full((2,), 900.0)), model(x, torch.full((2,), 900.0))
+    torch.testing.assert_close(result, expected, rtol=5e-2, atol=5e-2)
+    assert torch.allclose(result.float(), expected.float(), atol=5e-2)
+    (trajectory,) = runtime_of(compiled).trajectories
+    assert {slot.dtype for history in trajectory.streams[0].history for _, (slot,) in history} == {torch.bfloat16}
+
+
+class Prompted(nn.Module):
+    """Two streams: the sample and a prompt, whose length may change from call to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Joint() for _ in range(2))
+
+    def forward(self, x, prompt, timestep):
+        prompt = prompt + timestep.sin()[:, None, None]
+        for block in self.blocks:
+            x, prompt = block(x, prompt)
+        return x + prompt.mean(dim=1, keepdim=True)
+
+
+class Joint(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x, prompt):
+        both = torch.cat([x, prompt], dim=1)
+        q, k, v = self.qkv(both)[:, None].chunk(3, dim=-1)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + mixed[:, : x.shape[1]], prompt + mixed[:, x.shape[1] :]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_prompt_of_another_length_does_not_meet_the_slots_of_the_last(dynamic):
+    """The sample keeps its shape, so only the slots themselves tell."""
+    torch.manual_seed(0)
+    model = Prompted().eval().requires_grad_(False)
+    compiled = compile_eagerly(model, LONG, dynamic=dynamic)
+    with torch.no_grad():
+        for t, length in ((1000.0, 5), (900.0, 5), (800.0, 7), (700.0, 4), (600.0, 4)):
+            args = noise(0), noise(1, 2, length, 8), torch.full((2,), t)
+            same = torch.allclose(compiled(*args), model(*args), rtol=1e-5, atol=1e-5)
+            assert same == (t in (1000.0, 800.0, 700.0)), t
+
+
+def test_gradients_run_plain_with_one_warning(model):
+    trainable = tiny_dit(2).requires_grad_(True)
+    compiled, x = compile_eagerly(trainable, LONG), noise()
+    with pytest.warns(UserWarning, match=r"plain Inductor: gradients are enabled.*torch\.no_grad\(\)") as caught:
+        compiled(x, torch.full((2,), 1000.0))
+    assert len(caught) == 1
+    for t in (900.0, 800.0):
+        result = compiled(x, torch.full((2,), t))
+        torch.testing.assert_close(result, trainable(x, torch.full((2,), t)))
+        result.sum().backward()
+    assert all(p.grad is not None for p in trainable.blocks.parameters())
+    with torch.no_grad():
+        compiled(x, torch.full((2,), 1000.0))
+        assert_reused(compiled(x, torch.full((2,), 900.0)), trainable, x, 900)
+
+
+def test_gradients_are_an_error_if_strict():
+    compiled = compile_eagerly(tiny_dit(1).requires_grad_(True), LONG | {"strict": True})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="gradients are enabled") as caught:
+        compiled(noise(), torch.full((2,), 1000.0))
+    assert isinstance(caught.value.inner_exception, UnsupportedModelError)
+
+
+# -- memory
+
+
+@pytest.mark.parametrize("num_steps", [None, 3])
+def test_memory_is_flat_over_many_trajectories(num_steps):
+    driver = Driver(**EVERY_SECOND | {"cache_order": 1}, num_steps=num_steps)
+    seen, counts = weakref.WeakSet(), []
+    gc.collect()
+    for seed in range(200):
+        sample(driver, 3, seed=seed)
+        seen.update(driver.slots())
+        if seed % 50 == 49:
+            gc.collect()
+            counts.append((len(seen), sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())))
+    assert counts[-1][0] <= counts[0][0]
+    assert counts[-1][1] <= counts[0][1]
+    depth, regions = driver.graph.interface.depth, len(driver.graph.names)
+    assert counts[0][0] <= (0 if num_steps else depth * regions)
+
+
+def test_a_superseded_trajectory_keeps_no_slots():
+    driver = Driver(**LONG)
+    for seed in range(5):  # each with timesteps of its own, so that no length can be learned
+        driver(noise(seed), 1000)
+        driver(noise(seed), 900 - seed)
+    assert len(driver.slots()) == len(driver.graph.names)
+    assert len(driver.runtime.last_trajectories()) == 1
+
+
+# -- invariant 9: ranks decide alike
+
+
+def test_ranks_of_a_process_group_decide_alike(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(decide_as_rank, (str(tmp_path / "store"), results), nprocs=2)
+        results = dict(results)
+    assert results[0] == {False: [True] * 3, True: [True] * 3}
+    assert results[1] == {False: [True, False, False], True: [True] * 3}
