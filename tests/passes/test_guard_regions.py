@@ -60,7 +60,7 @@ def test_golden():
     assert "cond" not in show(gm)
     report = apply(GuardRegions("block"), gm)
     assert (report.changed, report.skipped) == (1, ())
-    text = without_statistics(show(gm)).replace("f32[1, 2, 3, 4]", "X")
+    text = without_statistics(show(gm)).replace("f32[1, 2, 3, 4]", "X").replace("invoke_subgraph", "call")
     assert (
         text.replace("aten.empty.memory_format(", "aten.empty(")
         == """\
@@ -68,10 +68,10 @@ graph(%L_x_: X, %decisions: b1[1], %weights: f32[1, 1], %slot_0_0_0: X):
   %select_int = aten.select(%weights, 0, 0) : f32[1]
   %select_int_1 = aten.select(%decisions, 0, 0) : b1[]
   %body_0_guarded = get body_0_guarded
-  %invoke_subgraph = invoke_subgraph(%body_0_guarded, body_0_guarded, %L_x_, %slot_0_0_0, %select_int, %select_int_1) : (X, X, f32[5])
-  %getitem_2 = getitem(%invoke_subgraph, 1) : X
-  %getitem_1 = getitem(%invoke_subgraph, 2) : f32[5]
-  %getitem = getitem(%invoke_subgraph, 0) : X
+  %call = call(%body_0_guarded, body_0_guarded, %L_x_, %slot_0_0_0, %select_int, %select_int_1) : (X, X, f32[5])
+  %getitem_2 = getitem(%call, 1) : X
+  %getitem_1 = getitem(%call, 2) : f32[5]
+  %getitem = getitem(%call, 0) : X
   %stack_default = aten.stack((%getitem_1)) : f32[1, 5]
   return (%getitem, %stack_default, %getitem_2)
 body body_0_guarded(%arg0_1: X, %arg1_1: X, %arg2_1: f32[1], %predicate: b1[]):
@@ -102,7 +102,7 @@ body body_0_guarded.reuse(%arg0_1: X, %arg1_1: X, %arg2_1: f32[1]):
 
 def test_golden_of_the_network():
     gm = guarded(capture(Stack(Mix(), Mix()), X), "network")
-    text = show(gm).split("\nbody")[0].replace("f32[1, 2, 3, 4]", "X")
+    text = show(gm).split("\nbody")[0].replace("f32[1, 2, 3, 4]", "X").replace("invoke_subgraph", "call")
     assert (
         text
         == """\
@@ -110,16 +110,16 @@ graph(%L_x_: X, %decisions: b1[1], %weights: f32[1, 1], %slot_0_0_0: X):
   %select_int = aten.select(%weights, 0, 0) : f32[1]
   %select_int_1 = aten.select(%decisions, 0, 0) : b1[]
   %body_0_guarded = get body_0_guarded
-  %invoke_subgraph_1 = invoke_subgraph(%body_0_guarded, body_0_guarded, %L_x_, %select_int_1) : (X)
-  %getitem_1 = getitem(%invoke_subgraph_1, 0) : X
+  %call_1 = call(%body_0_guarded, body_0_guarded, %L_x_, %select_int_1) : (X)
+  %getitem_1 = getitem(%call_1, 0) : X
   %body_0_guarded_1 = get body_0_guarded
-  %invoke_subgraph = invoke_subgraph(%body_0_guarded_1, body_0_guarded, %getitem_1, %select_int_1) : (X)
-  %getitem = getitem(%invoke_subgraph, 0) : X
+  %call = call(%body_0_guarded_1, body_0_guarded, %getitem_1, %select_int_1) : (X)
+  %getitem = getitem(%call, 0) : X
   %network_end = get network_end
-  %invoke_subgraph_2 = invoke_subgraph(%network_end, network_end, %getitem, %L_x_, %slot_0_0_0, %select_int, %select_int_1) : (X, X, f32[5])
-  %getitem_4 = getitem(%invoke_subgraph_2, 0) : X
-  %getitem_3 = getitem(%invoke_subgraph_2, 1) : X
-  %getitem_2 = getitem(%invoke_subgraph_2, 2) : f32[5]
+  %call_2 = call(%network_end, network_end, %getitem, %L_x_, %slot_0_0_0, %select_int, %select_int_1) : (X, X, f32[5])
+  %getitem_4 = getitem(%call_2, 0) : X
+  %getitem_3 = getitem(%call_2, 1) : X
+  %getitem_2 = getitem(%call_2, 2) : f32[5]
   %stack_default = aten.stack((%getitem_2)) : f32[1, 5]
   return (%getitem_4, %stack_default, %getitem_3)"""
     )

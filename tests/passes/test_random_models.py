@@ -111,7 +111,7 @@ def check_network(rewritten, depth, draw):
     assert_close(output, plain(rewritten, args))
     # Reusing with weight 1 what was just computed from the same input is the model again …
     once = {"network": [1.0] + [0.0] * (depth - 1)}
-    repeated = {"network": [fresh["network"]] + slots["network"][1:]}
+    repeated = {"network": [fresh["network"], *slots["network"][1:]]}
     again, rows, _ = rewritten(args, {"network": False}, once, repeated)
     assert_close(again, output)
     assert rows[0].tolist() == [0.0] * len(Statistic)

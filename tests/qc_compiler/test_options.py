@@ -155,7 +155,7 @@ def test_a_plan_may_be_a_path(tmp_path):
 
 
 def test_a_path_without_a_plan(tmp_path):
-    with pytest.raises(PlanError, match="no plan at .*missing"):
+    with pytest.raises(PlanError, match=r"no plan at .*missing"):
         parse_options({"plan": tmp_path / "missing"})
 
 
@@ -183,7 +183,7 @@ def test_what_shapes_the_graph_does_not_change(name):
 def test_a_change_is_checked_like_an_option():
     with pytest.raises(OptionError, match="threshold=-1"):
         changed(parse_options({}), {"threshold": -1})
-    with pytest.raises(OptionError, match="option 'treshold' cannot change .* did you mean 'threshold'"):
+    with pytest.raises(OptionError, match=r"option 'treshold' cannot change .* did you mean 'threshold'"):
         changed(parse_options({}), {"treshold": 1})
 
 
@@ -199,5 +199,5 @@ def test_a_plan_of_the_same_graph_may_be_changed_to(tmp_path):
 @pytest.mark.parametrize("other", [plan("network", depth=2), plan("block", depth=1)])
 def test_a_plan_for_another_graph_is_refused(other):
     options = parse_options({"cache": "static", "level": "block", "cache_order": 1})
-    with pytest.raises(OptionError, match="plan=.* needs a new torch.compile"):
+    with pytest.raises(OptionError, match=r"plan=.* needs a new torch\.compile"):
         changed(options, {"plan": other})

@@ -15,7 +15,7 @@ from driver import SHAPE, Driver, noise
 from qc_compiler import OptionError, Plan, PlanError, UnsupportedModelError, stream
 from qc_compiler.formats.per_token import dequantize_per_token
 from qc_compiler.registry import runtime_of
-from qc_compiler.runtime import MAX_STREAMS
+from qc_compiler.runtime import _STREAM, MAX_STREAMS
 from ranks import decide_as_rank
 from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
@@ -189,13 +189,15 @@ def test_a_named_stream_that_is_left_out_at_some_steps():
 
 
 def test_names_end_with_their_block_even_after_an_error():
-    from qc_compiler.runtime import _STREAM
+    def nested():
+        with stream("outer"):
+            with stream("inner"):
+                assert _STREAM.get() == "inner"
+            assert _STREAM.get() == "outer"
+            raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), stream("outer"):
-        with stream("inner"):
-            assert _STREAM.get() == "inner"
-        assert _STREAM.get() == "outer"
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        nested()
     assert _STREAM.get() is None
 
 
@@ -477,7 +479,8 @@ def test_nan_in_a_parameter_for_one_step(model):
     weight.data = torch.full_like(whole, float("nan"))
     assert driver(x, 800).isnan().any()  # computed, since the weights changed
     # The weights come back unnoticed: what notices is that the statistics hold NaN.
-    driver.graph._parameters_version = lambda inputs, version=driver.graph._parameters_version(driver.inputs): version
+    version = driver.graph._parameters_version(driver.inputs)
+    driver.graph._parameters_version = lambda inputs: version
     weight.data = whole
     with pytest.warns(UserWarning, match=r"NaN or Inf in the statistics of blocks\.\d.*computed in full") as caught:
         result = driver(x, 700)
