@@ -108,10 +108,10 @@ def _table(runs: list[Run], label: Tensor) -> Table:
 
 
 def _draw_strip(runs: list[Run], path: Path, num_videos: int = 5) -> None:
-    """Draws the frames of a few videos in rows, one block of rows a run."""
-    figure = Figure(figsize=(10, 1.35 * len(runs) * num_videos / 1.6), layout="constrained")
+    """Draws the frames of a few videos in rows; the runs stand side by side."""
+    figure = Figure(figsize=(13, 8.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, run in zip(figure.subplots(len(runs), 1), runs, strict=True):
+    for panel, run in zip(figure.subplots(2, 2).flat, runs, strict=True):
         videos = run.videos[:num_videos, 0]  # (V, F, H, W)
         count, frames, height, width = videos.shape
         grid = videos.permute(0, 2, 1, 3).reshape(count * height, frames * width)

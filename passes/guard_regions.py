@@ -238,7 +238,6 @@ class _Wiring:
             n.meta["val"] for n in outputs(self.graph) if isinstance(n, fx.Node) and is_tensor(n)
         ).device
         self._last = formals[-1]
-        self._first = self._last.next
         self._decisions, self._weights = self._placeholder("decisions"), self._placeholder("weights")
 
     def _placeholder(self, name: str, val: Any = None) -> fx.Node:
@@ -270,7 +269,7 @@ class _Wiring:
     def steering(self, region: int) -> list[fx.Node]:
         """Returns the region's row of weights and its predicate."""
         select = torch.ops.aten.select.int
-        with self.graph.inserting_before(self._first):
+        with self.graph.inserting_before(self._last.next):
             weights = self.graph.call_function(select, (self._weights, 0, region))
             predicate = self.graph.call_function(select, (self._decisions, 0, region))
         weights.meta["val"] = self.empty(self.interface.depth, dtype=torch.float32, device=self._device)

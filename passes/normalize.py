@@ -50,6 +50,7 @@ class Normalize(GraphPass):
             new.meta["parameter"] = new.meta.get("parameter") or _is_parameter(old)
             new.meta["source"] = names.get(old.target, old.meta.get("source", str(old.target)))
             new._rename(str(old.target))
+            new.target = str(old.target)
         gm.graph = traced.graph
         for node in gm.graph.nodes:
             if node.op == "get_attr":

@@ -20,6 +20,8 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .errors import UnsupportedModelError
+
 invoke_subgraph = torch.ops.higher_order.invoke_subgraph
 cond = torch.ops.higher_order.cond
 aten = torch.ops.aten
@@ -150,7 +152,10 @@ def eliminate_dead_code(graph: fx.Graph) -> None:
 
 
 def fake_mode_of(values: Sequence[Any]) -> FakeTensorMode:
-    return next(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor))
+    for value in values:
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise UnsupportedModelError("the graph takes no tensor as input")
 
 
 def values_of(nodes: Sequence[fx.Node]) -> list[Any]:

@@ -205,7 +205,7 @@ def _why_not(block: Block, position: dict[fx.Node, int]) -> str | None:
         return "it reads a number that is only known when it runs"
     inside = set(block.nodes)
     users = [position[user] for node in block.outputs for user in node.users if user not in inside]
-    if min(users) < max((position[node] for node in block.inputs), default=-1):
+    if min(users) <= max((position[node] for node in block.inputs), default=-1):
         return "its nodes are interleaved with nodes that depend on it"
     return None
 

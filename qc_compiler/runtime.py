@@ -34,6 +34,7 @@ _STREAM: ContextVar[str | None] = ContextVar("quantcache_stream", default=None)
 
 MAX_STREAMS = 8  # calls at one timestep; more than that is somebody timing a single step, not guidance
 JUMP = 1.0  # relL1 of an input to the call before: independent noise gives √2, one sampler step stays below 1
+MAX_TRAJECTORIES = 64  # at a time, in one thread: streams named after requests would pile up otherwise
 KEPT_TRAJECTORIES = 8  # whose decisions `summary` can still show
 
 
@@ -181,7 +182,12 @@ class Runtime:
             self._lengths[begins] = max(self._lengths.get(begins, 0), old.step + 1)
         for state in old.streams if old is not None else ():
             state.clear_slots()  # `summary` may keep the old one for long
-        self._local.trajectories[key] = trajectory
+        trajectories = self._local.trajectories
+        trajectories.pop(key, None)
+        trajectories[key] = trajectory
+        if len(trajectories) > MAX_TRAJECTORIES:
+            for state in trajectories.pop(next(iter(trajectories))).streams:
+                state.clear_slots()
         with self._lock:
             self.trajectories.append(trajectory)
 

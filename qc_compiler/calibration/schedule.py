@@ -5,7 +5,9 @@
            min_w ‖Σⱼ wⱼ·v_{cⱼ} − v_i‖²,        read from the Gram matrix of the predictions
     3. Closed loop: the schedule is run, and the weights of each skipped step are fitted to what the model should have
        predicted *there*, on the trajectory that the skips before produced, so that the sample returns to its path:
-           v*_i = v_i + (a/b)·(x_i − x̂_i)        with a, b of the sampler's step (`Recording.feedback`)
+           v*_i = v_i + g·(a/b)·(x_i − x̂_i)      with a, b of the sampler's step (`Recording.feedback`)
+
+       The gain g is measured too: 1 returns at once, which overshoots where guidance amplifies what two streams miss.
     4. The best of a few such lists of steps and of evenly spaced ones is taken, and single computed steps
        are moved while the measured error of the result falls.
     5. Partial computation: a computed step is given up for two steps that compute half of the blocks and extrapolate
@@ -36,6 +38,7 @@ from ..trajectory_summary import computed_share
 from .recording import Recording, flat
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
+GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
 RIDGE = 1e-5  # relative; keeps the fitted weights near polynomial extrapolation where the data does not decide
 
 
@@ -83,7 +86,7 @@ def calibrate(
     }
     compiled = torch.compile(module, backend=backend, options=options)
     with Progress(disable=not progress, transient=True) as bar:
-        num_candidates = max(8, round(budget / share))
+        num_candidates = max(12, round(budget / share))
         task = bar.add_task("compiling and recording", total=num_candidates + 1)
 
         def step(description: str) -> None:
@@ -99,14 +102,14 @@ def calibrate(
         regions = runtime_of(compiled).interface.regions  # type: ignore[union-attr]
 
         @functools.cache
-        def measure(schedule: Schedule) -> tuple[float, "_ClosedLoop"]:
-            loop = _ClosedLoop(recording, schedule, len(regions))
+        def measure(schedule: Schedule, gain: float) -> tuple[float, "_ClosedLoop"]:
+            loop = _ClosedLoop(recording, schedule, len(regions), gain)
             error = _relative(_run(compiled, generate, loop), reference)
             step(f"{count} of {recording.num_steps} steps: last error {error:.1e}")
             return error, loop
 
         def best_of(*schedules: Schedule) -> Schedule:
-            return min(schedules, key=lambda schedule: measure(schedule)[0])
+            return min(schedules, key=lambda schedule: measure(schedule, gain)[0])
 
         def search(best: Schedule, candidates: Callable[[Schedule], Iterator[Schedule]], count: int) -> Schedule:
             tried = {best}
@@ -119,12 +122,14 @@ def calibrate(
 
         step("recorded")
         first = starts(gram, count)
+        gain = GAINS[0]
         best = best_of(*map(whole_steps, first))
-        rest = num_candidates - len(first)
+        gain = min(GAINS, key=lambda gain: measure(best, gain)[0])
+        rest = num_candidates - len(first) - len(GAINS) + 1
         partial = rest // 3 if len(regions) > 1 else 0
         best = search(best, lambda now: moves(now, recording.num_steps), rest - partial)
         best = search(best, lambda now: exchanges(now, recording.num_steps, regions), partial)
-        error, loop = measure(best)
+        error, loop = measure(best, gain)
     share = computed_share(regions, [loop.compute])
     return loop.plan(runtime_of(compiled), level, {"share": share, "error": error})
 
@@ -229,8 +234,8 @@ def exchanges(schedule: Schedule, num_steps: int, regions: Sequence[RegionSpec])
 class _ClosedLoop:
     """Steers a run by a schedule and fits the weights of its skipped steps on the way."""
 
-    def __init__(self, recording: Recording, schedule: Schedule, num_regions: int) -> None:
-        self.recording = recording
+    def __init__(self, recording: Recording, schedule: Schedule, num_regions: int, gain: float) -> None:
+        self.recording, self.gain = recording, gain
         self.streams, steps = tuple(recording.outputs), recording.num_steps
         self.compute = np.zeros((steps, num_regions), dtype=np.bool_)
         for step, blocks in schedule:
@@ -247,7 +252,7 @@ class _ClosedLoop:
         if not self.compute[step, 0] and history:
             assert graph.latent is not None
             deviation = self.recording.inputs[stream][step] - flat(inputs[graph.latent])
-            wanted = self.recording.outputs[stream][step] + self.recording.feedback(step) * deviation
+            wanted = self.recording.outputs[stream][step] + self.gain * self.recording.feedback(step) * deviation
             basis = torch.stack([flat(tensors[0]) for _, tensors in history]).double()
             prior = polynomial_weights([c for c, _ in history[:2]], self.recording.timesteps[step])
             weights[0, : len(history)] = _fit(basis, wanted.double(), prior)

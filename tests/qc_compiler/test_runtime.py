@@ -15,7 +15,7 @@ from driver import SHAPE, Driver, noise
 from qc_compiler import OptionError, Plan, PlanError, UnsupportedModelError, stream
 from qc_compiler.formats.per_token import dequantize_per_token
 from qc_compiler.registry import runtime_of
-from qc_compiler.runtime import _STREAM, MAX_STREAMS
+from qc_compiler.runtime import _STREAM, MAX_STREAMS, MAX_TRAJECTORIES
 from ranks import decide_as_rank
 from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
@@ -324,6 +324,14 @@ def test_a_step_that_the_plan_skipped_is_computed_where_no_slot_is_filled_yet():
     assert driver.computed() == [True, False]
 
 
+def test_a_step_whose_weights_reach_further_back_than_the_slots_is_computed():
+    driver = Driver(**EVERY_SECOND, cache_order=1)
+    driver.runtime.configure(plan=plan_for(driver, compute=np.zeros((4, 3), np.bool_)))
+    for t in (1000, 900, 800):
+        driver(noise(), t)
+    assert driver.computed() == [True, True, False]
+
+
 def test_plans_that_do_not_fit_are_refused():
     driver = Driver(**EVERY_SECOND)
     with pytest.raises(PlanError, match="calibrate this model"):
@@ -508,7 +516,7 @@ def test_nan_warns_once_a_place():
     driver, x = Driver(**EVERY_SECOND), noise()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for t in range(1000, 400, -100):
+        for t in range(1200, 0, -100):
             driver(x, t)
             for slot in driver.slots():
                 slot.fill_(float("inf"))
@@ -663,6 +671,20 @@ def test_a_superseded_trajectory_keeps_no_slots():
         driver(noise(seed), 900 - seed)
     assert len(driver.slots()) == len(driver.graph.names)
     assert len(driver.runtime.last_trajectories()) == 1
+
+
+def test_requests_that_are_given_up_do_not_pile_up():
+    """Each has a name of its own, and none is ever finished."""
+    driver, references = Driver(**LONG), []
+    for number in range(MAX_TRAJECTORIES + 50):
+        with stream(f"request {number}"):
+            driver(noise(), 1000)
+        references += [weakref.ref(slot) for slot in driver.slots()[-len(driver.graph.names) :]]
+    gc.collect()
+    assert sum(reference() is not None for reference in references) == MAX_TRAJECTORIES * len(driver.graph.names)
+    with stream(f"request {number}"):
+        driver(noise(), 900)
+    assert driver.computed()[-2:] == [True, False]
 
 
 # -- invariant 9: ranks decide alike
