@@ -17,7 +17,7 @@ import passes
 from . import diffusers_context, registry
 from .clock import find_clock, find_frames, find_latent
 from .errors import UnsupportedModelError
-from .graph import is_parameter, is_tensor, outputs, placeholders
+from .graph import copy_of, is_parameter, is_tensor, outputs, placeholders
 from .inductor import compile_graph
 from .options import Options, parse_options
 from .pipeline import PassRun, run_passes, source_key
@@ -62,8 +62,7 @@ def quantcache(
     if parsed.exact:
         return compile_plain(gm, list(example_inputs), config_patches=inductor)
     runtime = registry.runtime_for(example_inputs, options or {}, parsed)
-    rewritten = fx.GraphModule(gm, _copy(gm))
-    rewritten.meta = dict(gm.meta)
+    rewritten = copy_of(gm)
     try:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
             raise UnsupportedModelError(
@@ -129,12 +128,6 @@ def fingerprint(gm: fx.GraphModule) -> str:
         if is_parameter(node)
     )
     return hashlib.sha256(repr(parameters).encode()).hexdigest()
-
-
-def _copy(gm: fx.GraphModule) -> fx.Graph:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return graph
 
 
 def _symbols(formals: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:

@@ -13,7 +13,7 @@ from torch import fx
 from .backend import rewrite
 from .clock import find_clock, find_latent
 from .errors import UnsupportedModelError
-from .graph import Skip, body_calls, body_of, is_tensor, outputs, placeholders
+from .graph import Skip, body_calls, body_of, copy_of, is_tensor, outputs, placeholders
 from .options import parse_options
 from .pipeline import PassRun
 from .regions import find_sublayers
@@ -89,10 +89,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     graphs: list[GraphExplanation] = []
 
     def explaining_backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        copy = fx.GraphModule(gm, fx.Graph())
-        copy.graph.output(copy.graph.graph_copy(gm.graph, {}))
-        copy.meta = dict(gm.meta)
-        graphs.append(_explain_graph(copy, len(example_inputs), parsed))
+        graphs.append(_explain_graph(copy_of(gm), len(example_inputs), parsed))
         return gm.forward
 
     with torch.no_grad():

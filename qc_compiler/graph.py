@@ -162,6 +162,15 @@ def values_of(nodes: Sequence[fx.Node]) -> list[Any]:
     return [node.meta["val"] for node in nodes]
 
 
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """Returns a graph module with a graph of its own, for passes to rewrite; `gm` stays as it is."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy
+
+
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
