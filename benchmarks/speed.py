@@ -72,6 +72,19 @@ def compile_times() -> str:
     return table(("backend", "depth 4", "depth 28", "28 / 4"), rows)
 
 
+class Timed:
+    """A model that notes how long each of its calls takes."""
+
+    def __init__(self, model: Callable[..., Tensor]) -> None:
+        self.model, self.seconds = model, list[float]()
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        start = time.perf_counter()
+        result = self.model(*args)
+        self.seconds.append(time.perf_counter() - start)
+        return result
+
+
 def trajectories() -> str:
     """Times every method over whole trajectories, interleaved, and compares with the share it computes."""
     models = {
@@ -79,50 +92,43 @@ def trajectories() -> str:
         "wide (14 blocks, width 384, batch 2, random weights)": (STDiT(WIDE).eval().requires_grad_(False), 2),
     }
     options: dict[str, dict[str, object]] = {
-        "block, every 4th": {"cache": "static", "interval": 4, "level": "block"},
-        "network, every 4th": {"cache": "static", "interval": 4, "level": "network"},
-        "output, every 4th": {"cache": "static", "interval": 4, "level": "output"},
-        "sublayer, every 4th": {"cache": "static", "interval": 4, "level": "sublayer"},
-        "block, order 2, every 4th": {"cache": "static", "interval": 4, "level": "block", "cache_order": 2},
-        "block, all computed": {"cache": "static", "interval": 1, "level": "block"},
+        f"{level}, every 4th": {"cache": "static", "interval": 4, "level": level}
+        for level in ("output", "network", "block", "sublayer")
     }
+    options["block, order 2, every 4th"] = {"cache": "static", "interval": 4, "level": "block", "cache_order": 2}
+    options["block, all computed"] = {"cache": "static", "interval": 1, "level": "block"}
     rows = []
     for title, (model, batch) in models.items():
-        compiled: dict[str, Callable[..., Tensor]] = {"inductor": torch.compile(model)}
+        compiled = {"inductor": torch.compile(model)}
         compiled |= {name: torch.compile(model, backend="quantcache", options=o) for name, o in options.items()}
         label = torch.arange(batch)
-        times: dict[str, list[float]] = {name: [] for name in compiled}
+        calls = {name: list[list[float]]() for name in compiled}
+        times = {name: list[float]() for name in compiled}
         for function in compiled.values():
             sample(function, label, steps=2)
         for _ in range(REPEATS):
             for name, function in compiled.items():
-                start = time.perf_counter()
-                sample(function, label, STEPS)
+                timed, start = Timed(function), time.perf_counter()
+                sample(timed, label, STEPS)
                 times[name].append(time.perf_counter() - start)
+                calls[name].append(timed.seconds)
         base = statistics.median(times["inductor"])
+        step = statistics.median(seconds for run in calls["inductor"] for seconds in run)
         for name, function in compiled.items():
-            seconds = statistics.median(times[name])
-            share = 1.0 if name == "inductor" else qc_compiler.summary(function).computed_share
-            promised, speed_up = 1 / share, base / seconds
-            reused = (
-                "" if share == 1 else f"{(seconds / STEPS - share * base / STEPS) / (1 - share) / (base / STEPS):.1%}"
-            )
-            rows.append(
-                (
-                    title,
-                    name,
-                    f"{seconds:.2f} ({min(times[name]):.2f}–{max(times[name]):.2f})",
-                    f"{share:.2f}",
-                    f"{speed_up:.2f}×",
-                    f"{speed_up / promised:.0%}",
-                    reused,
-                )
-            )
+            share, cells = 1.0, ["100%", ""]
+            speed_up = base / statistics.median(times[name])
+            if name != "inductor":
+                summary = qc_compiler.summary(function)
+                share, computed = summary.computed_share, summary.streams[0].computed
+                reused = [run[i] for run in calls[name] for i in (~computed.any(axis=1)).nonzero()[0]]
+                cells = [f"{speed_up * share:.0%}", f"{statistics.median(reused) / step:.1%}" if reused else ""]
+            seconds = f"{statistics.median(times[name]):.2f} ({min(times[name]):.2f}–{max(times[name]):.2f})"
+            rows.append((title, name, seconds, f"{share:.2f}", f"{speed_up:.2f}×", *cells))
             print(*rows[-1], flush=True)
         torch._dynamo.reset()
     note = (
-        f"\n{STEPS} steps, median (min–max) of {REPEATS} interleaved runs. *of promised*: speed-up × "
-        "share. *reused step*: time of a step that reuses everything, as part of one of Inductor's.\n"
+        f"\n{STEPS} steps, median (min–max) of {REPEATS} interleaved runs. *of promised*: speed-up × share. "
+        "*reused step*: median time of a call that reuses everything, as part of Inductor's.\n"
     )
     headings = ("model", "method", "seconds", "share", "speed-up", "of promised", "reused step")
     return table(headings, rows) + note

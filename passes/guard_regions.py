@@ -1,8 +1,8 @@
 """Turns each region into `cond(compute | reuse)`, with its slot in and out and its statistics out.
 
     before:  y = body_0(x, w)
-    after:   y, Δ, row = body_0_guarded(x, w, slot, weights[i], decisions[i])      one for every block
-             graph outputs: …, statistics = stack(rows), Δ, …
+    after:   y, Δ, sums = body_0_guarded(x, w, slot, weights[i], decisions[i])      one for every block
+             graph outputs: …, sums, …, Δ, …
 
 At the level `network` the blocks become cond(compute | unwritten) and one guard at the end of the last block holds
 x₀ + Δ for all of them. Error: none where a region is computed; that of the extrapolation where it is reused
@@ -26,7 +26,6 @@ from qc_compiler.graph import (
     Report,
     Skip,
     SlotSpec,
-    Statistic,
     body_calls,
     body_of,
     eliminate_dead_code,
@@ -81,8 +80,7 @@ class GuardRegions(GraphPass):
             self._guard_network(calls, wiring)
         elif self.level in ("block", "sublayer"):
             skips += self._guard_blocks(calls, wiring)
-        if wiring.interface.regions:
-            wiring.finish()
+        wiring.finish()
         return Report(changed=len(wiring.interface.regions), skipped=tuple(skips))
 
     def _guard(self, bases: tuple[int | None, ...]) -> Guard:
@@ -284,13 +282,15 @@ class _Wiring:
         self._rows.append(row)
 
     def finish(self) -> None:
+        """Completes the graph's inputs and outputs, or takes them back if there is nothing to guard."""
         count, depth = len(self.interface.regions), self.interface.depth
+        if not count:
+            self.graph.erase_node(self._weights)
+            self.graph.erase_node(self._decisions)
+            return
         self._decisions.meta["val"] = self.empty(count, dtype=torch.bool, device="cpu")
         self._weights.meta["val"] = self.empty(count, depth, dtype=torch.float32, device=self._device)
-        with self.graph.inserting_before(self.graph.output_node()):
-            rows = self.graph.call_function(torch.ops.aten.stack.default, (self._rows,))
-        rows.meta["val"] = self.empty(count, len(Statistic), dtype=torch.float32, device=self._device)
-        self.graph.output_node().args = ((*outputs(self.graph), rows, *self._values),)
+        self.graph.output_node().args = ((*outputs(self.graph), *self._rows, *self._values),)
         eliminate_dead_code(self.graph)
         self.gm.meta["interface"] = self.interface
 

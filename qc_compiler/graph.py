@@ -9,7 +9,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, ClassVar
 
 import torch
@@ -59,16 +58,6 @@ class GraphPass(ABC):
         """Rewrites `gm` in place; the pipeline recompiles and verifies it."""
 
 
-class Statistic(IntEnum):
-    """The columns of the statistics tensor: float32, one row a region, zero where the region was reused."""
-
-    GAMMA = 0  # relL1(y, x) = mean|y − x| / mean|x|
-    CHANGE = 1  # relL1(Δ, Δ_cached) against the newest cached residual
-    MAGNITUDE = 2  # mean|Δ| / mean|Δ_cached|
-    COSINE = 3  # cosine of the region's input and output: its redundancy, read as SRAP's neighbour similarity
-    MOTION = 4  # Σ|Δ[f+1] − Δ[f]| / Σ(|Δ[f+1]| + |Δ[f]|) over frames; 1 for images
-
-
 @dataclass(frozen=True)
 class SlotSpec:
     """One cached tensor of a region. Its history of `depth` values, newest first, enters as inputs.
@@ -106,7 +95,7 @@ class Interface:
     """What the passes added to the inputs and outputs of the graph: all that the runtime must know.
 
     Inputs: the model's, then `decisions` (bool, CPU, one element a region), `weights` (float32, region × depth),
-    then for each slot `depth` values. Outputs: the model's, then `statistics`, then each slot's new value.
+    then for each slot `depth` values. Outputs: the model's, then the sums of each region, then each slot's new value.
     """
 
     regions: list[RegionSpec] = field(default_factory=list)

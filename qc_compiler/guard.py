@@ -3,16 +3,15 @@
 With x the stream that enters a region, y the one that leaves it, Δ = y − x, and s₀, s₁, … the residuals of the last
 computed steps (newest first):
 
-    compute:  y = f(x);  Δ goes to the slot;  statistics of x, Δ, s₀ go to the region's row
+    compute:  y = f(x);  Δ goes to the slot;  sums over x, y, Δ, s₀ go to the region's row
     reuse:    y = x + Σⱼ wⱼ·sⱼ;  what goes to the slot is unwritten memory that the runtime drops
 
 w comes from the host: (1) repeats the last residual, (1 + h, −h) extrapolates in a straight line, and so on: any
 order and any spacing of steps without a change of the graph.
 """
 
-import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,8 @@ from torch import Tensor, fx
 from torch.utils._sympy.functions import Max
 
 from .formats.per_token import dequantize_per_token, quantize_per_token
-from .graph import Statistic, cond, fake_mode_of, outputs, placeholders, trace, values_of
-
-_TINY = 1e-12
+from .graph import cond, fake_mode_of, outputs, placeholders, trace, values_of
+from .statistics import Sum, region_sums
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Guard:
     def build(
         self, compute: Callable[..., Any], operands: Sequence[Any]
     ) -> tuple[fx.GraphModule, list[tuple[Tensor, ...]]]:
-        """Builds body(*operands, *slots, weights, predicate) → (*results, *new slot values, statistics).
+        """Builds body(*operands, *slots, weights, predicate) → (*results, *new slot values, sums).
 
         Args:
             compute: The region: operands → tuple of results. It is traced.
@@ -58,9 +56,11 @@ class Guard:
         with fake_mode_of(operands), torch.no_grad():
             results = tuple(compute(*operands))
             encoded = self.encode(self.residuals(operands, results))
-            weights = torch.empty(self.depth, dtype=torch.float32, device=results[0].device)
+            weights, sums = (
+                torch.empty(n, dtype=torch.float32, device=results[0].device) for n in (self.depth, len(Sum))
+            )
         slots = self.slot_values(encoded)
-        stored_kinds = [value for values in encoded for value in values]
+        left_behind = [*(value for values in encoded for value in values), sums]
         num_operands = len(operands)
 
         def computed(*args: Any) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ class Guard:
         def reused(*args: Any) -> tuple[Tensor, ...]:
             xs, stored = args[:num_operands], args[num_operands:-1]
             ys = self.extrapolate(xs, [y.dtype for y in results], stored, args[-1])
-            return (*ys, *unwritten(stored_kinds)(*stored), torch.zeros(len(Statistic), device=weights.device))
+            return (*ys, *unwritten(left_behind)(*stored))
 
         return cond_body(computed, reused, [*operands, *slots, weights]), encoded
 
@@ -93,20 +93,20 @@ class Guard:
         return [quantize_per_token(residual, self.dtype) for residual in residuals]
 
     def decode(self, stored: Sequence[Tensor], age: int) -> list[Tensor]:
-        """Returns the residuals (float32) that were computed `age` computed steps before the newest."""
+        """Returns the residuals that were computed `age` computed steps before the newest."""
         width = 1 if self.dtype is None else 2
         start, count = age * len(self.bases) * width, len(self.bases) * width
         flat = stored[start : start + count]
         if self.dtype is None:
-            return [value.float() for value in flat]
+            return list(flat)
         return [dequantize_per_token(codes, scale) for codes, scale in zip(flat[::2], flat[1::2])]
 
     def observe(self, operands: Sequence[Any], results: Sequence[Tensor], stored: Sequence[Tensor]) -> list[Tensor]:
-        """Returns what a computed step leaves behind: new slot values, then the row of statistics."""
-        residuals = self.residuals(operands, results)
-        inputs = [None if base is None else operands[base] for base in self.bases]
-        row = statistics(inputs, residuals, self.decode(stored, 0), self.num_frames)
-        return [*(value for values in self.encode(residuals) for value in values), row]
+        """Returns what a computed step leaves behind: new slot values, then the sums."""
+        residuals, cached = self.residuals(operands, results), self.decode(stored, 0)
+        before = [old if base is None else operands[base] for old, base in zip(cached, self.bases)]
+        sums = region_sums(before, list(results), residuals, cached, self.num_frames)
+        return [*(value for values in self.encode(residuals) for value in values), sums]
 
     def extrapolate(
         self,
@@ -116,7 +116,7 @@ class Guard:
         weights: Tensor,
     ) -> list[Tensor]:
         """Returns y = x + Σⱼ wⱼ·sⱼ for every result, summed in float32."""
-        history = [self.decode(stored, age) for age in range(self.depth)]
+        history = [[value.float() for value in self.decode(stored, age)] for age in range(self.depth)]
         results = []
         for k, (base, dtype) in enumerate(zip(self.bases, dtypes)):
             total = weights[0] * history[0][k]
@@ -124,61 +124,6 @@ class Guard:
                 total = total + weights[age] * history[age][k]
             results.append((total if base is None else operands[base].float() + total).to(dtype))
         return results
-
-
-def statistics(
-    inputs: Sequence[Tensor | None], residuals: Sequence[Tensor], cached: Sequence[Tensor], num_frames: int
-) -> Tensor:
-    """Returns the row of `Statistic`s (float32) of a region, over all its streams together.
-
-    Args:
-        inputs: The stream that enters, or None where the cached value has no base (then GAMMA and COSINE compare
-            with the cached value instead).
-        residuals: Δ of each stream, in the model's dtype.
-        cached: The newest cached Δ of each stream.
-        num_frames: See `motion`.
-    """
-    deltas = [residual.float() for residual in residuals]
-    before = [old if x is None else x.float() for x, old in zip(inputs, cached)]
-    after = [new if x is None else x.float() + new for x, new in zip(inputs, deltas)]
-    size_delta, size_cached, size_before = (_total(t.abs() for t in ts) for ts in (deltas, cached, before))
-    change = _total((new - old).abs() for new, old in zip(deltas, cached))
-    dot = _total(x * y for x, y in zip(before, after))
-    norms = _total(x * x for x in before).sqrt() * _total(y * y for y in after).sqrt()
-    row = {
-        Statistic.GAMMA: size_delta / (size_before + _TINY),
-        Statistic.CHANGE: change / (size_cached + _TINY),
-        Statistic.MAGNITUDE: size_delta / (size_cached + _TINY),
-        Statistic.COSINE: dot / (norms + _TINY),
-        Statistic.MOTION: motion(deltas[-1], num_frames),
-    }
-    return torch.stack([row[column] for column in Statistic])
-
-
-def _total(tensors: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, (tensor.sum() for tensor in tensors))
-
-
-def motion(delta: Tensor, num_frames: int) -> Tensor:
-    """Returns Σ|r[f+1] − r[f]| / Σ(|r[f+1]| + |r[f]|) over the frames of a residual, 0-d; 1 where none are known.
-
-    Args:
-        delta: Tokens as (B·F, S, D), as (B·S, F, D), or as (B, F·S, D) in raster order.
-        num_frames: F; 1 for images.
-
-    Source: the motion factor of HLC, arXiv 2503.06545, Eq. 5, normalized so that it is free of units.
-    """
-    if num_frames > 1 and delta.dim() == 3:
-        rows, tokens, width = delta.shape
-        video = None
-        if isinstance(tokens, int) and tokens % num_frames == 0:
-            video = delta.reshape(rows, num_frames, -1, width)
-        elif isinstance(rows, int) and rows % num_frames == 0:
-            video = delta.reshape(-1, num_frames, tokens, width)
-        if video is not None:
-            ahead, behind = video[:, 1:], video[:, :-1]
-            return (ahead - behind).abs().sum() / (ahead.abs().sum() + behind.abs().sum() + _TINY)
-    return torch.ones((), dtype=torch.float32, device=delta.device)
 
 
 def unwritten(results: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]]:

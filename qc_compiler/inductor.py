@@ -5,19 +5,31 @@ a shared body anew, twice, which made compile time grow with depth again (28 blo
 2 CPU cores). So the graph is decomposed here, each body once, and goes straight to `compile_fx_inner`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import threading
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.utils import _pytree as pytree
 
-from .graph import fake_mode_of, is_parameter, outputs, placeholders, values_of
+from .graph import cond, fake_mode_of, invoke_subgraph, is_parameter, outputs, placeholders, values_of
 
 
 def compile_graph(gm: fx.GraphModule, *, config_patches: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -26,19 +38,61 @@ def compile_graph(gm: fx.GraphModule, *, config_patches: Mapping[str, Any] | Non
     Returns:
         A function of the graph's inputs that returns its flat outputs.
     """
+    # Probing the CPU's vector units runs a C++ compiler for 3 s, once a machine; meanwhile there is enough to do here.
+    threading.Thread(target=pick_vec_isa, daemon=True).start()
     formals = placeholders(gm.graph)
     mode = _fake_mode(values_of(formals))
     with mode, torch.no_grad(), torch._C._DisableAutocast():
         inputs = [_in_mode(value) for value in values_of(formals)]
-        lowered = make_fx(lambda *args: fx.Interpreter(gm).run(*args), decomposition_table=select_decomp_table())(
-            *inputs
-        )
-    with inductor_config.patch(dict(config_patches or {})):
+        lowered = _decomposed(gm)
+    with inductor_config.patch(dict(config_patches or {})), _early_kernels():
         lowered = _recursive_joint_graph_passes(lowered)
         lowered.graph.output_node().meta["user_visible_output_idxs"] = list(range(len(outputs(lowered.graph))))
         static = [i for i, node in enumerate(formals) if is_parameter(node)]
         compiled = compile_fx_inner(lowered, inputs, static_input_idxs=static, is_inference=True)
     return lambda *args: compiled(list(args))
+
+
+def _decomposed(gm: fx.GraphModule) -> fx.GraphModule:
+    """Returns a graph in the operators that Inductor lowers; each body and each branch is decomposed once."""
+    inputs = [_in_mode(value) for value in values_of(placeholders(gm.graph))]
+    return make_fx(_Recorder(gm).run, decomposition_table=select_decomp_table())(*inputs)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph under a tracer; records calls of bodies and branches as they stand, instead of running them too."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        if n.op == "get_attr":
+            name = str(n.target)
+            if not hasattr(tracer.root, name):
+                with disable_proxy_modes_tracing():
+                    tracer.root.register_module(name, _decomposed(getattr(self.module, name)))
+            return getattr(tracer.root, name)
+        if n.target not in (invoke_subgraph, cond):
+            return super().run_node(n)
+        args = pytree.tree_map(tracer.unwrap_proxy, self.fetch_args_kwargs_from_env(n)[0])
+        call = tracer.create_proxy("call_function", n.target, args, {})
+        return track_tensor_tree(tuple(map(_in_mode, n.meta["val"])), call, constant=None, tracer=tracer)
+
+
+@contextlib.contextmanager
+def _early_kernels() -> Iterator[None]:
+    """Starts the compiler of each kernel when its source is written, while the next one's is being generated.
+
+    Inductor starts them all when it loads the finished module, and waits (28 blocks, 2 CPU cores: 9 s of 30). The
+    kernels' cache then finds the same source under way.
+    """
+    define_kernel, compiler = PythonWrapperCodegen.define_kernel, AsyncCompile()
+
+    def define(self: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> None:
+        if kernel_body.startswith("async_compile.cpp_pybinding("):
+            eval(kernel_body, {"async_compile": compiler})
+        define_kernel(self, kernel_name, kernel_body, *args, **kwargs)
+
+    with unittest.mock.patch.object(PythonWrapperCodegen, "define_kernel", define):
+        yield
 
 
 def _fake_mode(values: Sequence[Any]) -> FakeTensorMode:

@@ -26,9 +26,10 @@ from torch import Tensor
 from .controllers import Controller, History, Step, controller
 from .errors import OptionError, PlanError
 from .extrapolation import polynomial_weights
-from .graph import Interface, Statistic
+from .graph import Interface
 from .options import Options, changed
 from .plan import Plan
+from .statistics import Sum, ratios
 
 _STREAM: ContextVar[str | None] = ContextVar("quantcache_stream", default=None)
 
@@ -82,16 +83,15 @@ class _PendingStep:
     index: int
     timestep: float | None
     computed: NDArray[np.bool_]
-    pending: Tensor | None
+    pending: Sequence[Tensor]
     read: Step | None = None
 
     def resolve(self) -> Step:
         if self.read is None:
-            if self.pending is None:
-                rows = np.zeros((len(self.computed), len(Statistic)), dtype=np.float32)
-            else:
-                rows = self.pending.detach().cpu().numpy()
-            self.read, self.pending = Step(self.index, self.computed, rows), None
+            sums = np.zeros((len(self.computed), len(Sum)), dtype=np.float32)
+            if self.pending:
+                sums[self.computed] = torch.stack(list(self.pending)).cpu().numpy()[self.computed]
+            self.read, self.pending = Step(self.index, self.computed, ratios(sums)), ()
         return self.read
 
 
@@ -224,7 +224,7 @@ class GuardedGraph:
         parameters: Sequence[int],
         symbols: dict[Any, int],
     ) -> None:
-        self.compiled: Any = None  # (inputs, decisions, weights, slots) → (outputs, statistics, slots)
+        self.compiled: Any = None  # (inputs, decisions, weights, slots) → (outputs, sums, slots)
         self.interface, self.runtime = interface, runtime
         self.clock, self.latent, self.parameters, self.symbols = clock, latent, tuple(parameters), symbols
         self.names = tuple(region.name for region in interface.regions)
@@ -249,7 +249,7 @@ class GuardedGraph:
         if self.output_region is not None and not compute[self.output_region]:
             compute = np.zeros_like(compute)
             results = self._extrapolate_output(state, weights)
-            inside, rows = 0.0, None
+            inside, rows = 0.0, list[Tensor]()
             fresh: list[list[Tensor]] = []
         else:
             results, rows, fresh, inside = self._run(inputs, state, compute, weights)
@@ -377,8 +377,8 @@ class GuardedGraph:
         state: StreamState,
         compute: NDArray[np.bool_],
         weights: NDArray[np.float32],
-    ) -> tuple[Any, Tensor, list[list[Tensor]], float]:
-        """Returns results, statistics, new slot values of each region, and the seconds spent in the graph."""
+    ) -> tuple[Any, list[Tensor], list[list[Tensor]], float]:
+        """Returns results, sums and new slot values of each region, and the seconds spent in the graph."""
         slots: list[Tensor] = []
         for r, history in enumerate(state.history):
             blank = self._blank(r, inputs) if len(history) < self.interface.depth else []
@@ -389,8 +389,8 @@ class GuardedGraph:
         start = time.perf_counter()
         produced = self.compiled(*inputs, torch.from_numpy(compute), steering, *slots)
         inside = time.perf_counter() - start
-        num_outputs = self.interface.num_outputs
-        rows, values = produced[num_outputs], list(produced[num_outputs + 1 :])
+        num_outputs, num_regions = self.interface.num_outputs, len(self.names)
+        rows, values = produced[num_outputs : num_outputs + num_regions], list(produced[num_outputs + num_regions :])
         fresh: list[list[Tensor]] = [[] for _ in self.names]
         for slot in self.interface.slots:
             for _ in slot.shapes:
@@ -420,7 +420,7 @@ class GuardedGraph:
         timestep: float | None,
         coordinate: float,
         compute: NDArray[np.bool_],
-        rows: Tensor | None,
+        rows: Sequence[Tensor],
         fresh: list[list[Tensor]],
     ) -> None:
         trajectory = position.trajectory

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import QuantCacheError
-from .graph import RegionSpec, Statistic
+from .graph import RegionSpec
 from .registry import runtime_of
+from .statistics import Statistic
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from ..errors import OptionError, QuantCacheError, nearest
-from ..graph import Statistic
 from ..registry import runtime_of
+from ..statistics import Statistic
 from ..trajectory_summary import summarize
 
 DEGREE = 4  # of TeaCache's polynomial, as in its paper

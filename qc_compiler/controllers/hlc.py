@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..graph import Statistic
+from ..statistics import Statistic
 from .base import Controller, History, per_region
 
 _PAPER_STEPS = 100

@@ -56,7 +56,7 @@ def writes_its_input(x):
 
 @pytest.mark.parametrize(("model", "name"), [(WritesItsBuffer(), "count"), (writes_its_input, "x")])
 def test_a_model_that_writes_into_an_input_or_buffer_is_refused(model, name):
-    gm = capture(model, X.clone()).copy()
+    gm = capture(model, X.clone()).gm
     before = str(gm.graph)
     with pytest.raises(UnsupportedModelError, match=rf"writes into its input or buffer '.*{name}.*'"):
         Normalize().run(gm)
@@ -135,3 +135,13 @@ def test_values_do_not_change():
         assert torch.equal(result, model(x, t))
         exact = copy.deepcopy(model).double()(x.double(), t)
     assert (result - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+# 5. idempotence
+
+
+def test_a_second_run_leaves_the_graph_alone():
+    gm = capture(tiny_dit(1), torch.ones(1, 4, 8), torch.ones(1)).normalized()
+    before = show(gm)
+    assert apply(Normalize(), gm).changed == 0
+    assert show(gm) == before

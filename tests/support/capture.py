@@ -10,7 +10,7 @@ from torch import fx, nn
 from passes import Normalize, ShareBodies
 from qc_compiler.backend import rewrite
 from qc_compiler.cost import hint
-from qc_compiler.graph import GraphPass, Report, cond, submodules
+from qc_compiler.graph import GraphPass, Report, cond, copy_of, submodules
 from qc_compiler.options import parse_options
 from qc_compiler.show import show
 from qc_compiler.verify import verify
@@ -23,17 +23,9 @@ class Captured:
     gm: fx.GraphModule
     inputs: tuple[Any, ...]
 
-    def copy(self) -> fx.GraphModule:
-        """Returns the graph as it came; passes may edit it."""
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.gm.graph, {}))
-        copy = fx.GraphModule(self.gm, graph)
-        copy.meta = dict(self.gm.meta)
-        return copy
-
     def after(self, *passes: GraphPass) -> fx.GraphModule:
         """Returns the graph after some passes, verified after each."""
-        gm = self.copy()
+        gm = copy_of(self.gm)
         for graph_pass in passes:
             apply(graph_pass, gm)
         return gm
@@ -46,7 +38,7 @@ class Captured:
 
     def rewritten(self, **options: Any) -> fx.GraphModule:
         """Returns the graph after the default pipeline."""
-        gm = self.copy()
+        gm = copy_of(self.gm)
         rewrite(gm, parse_options(options))
         return gm
 

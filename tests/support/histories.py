@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qc_compiler.controllers import History, Step
-from qc_compiler.graph import Statistic
+from qc_compiler.statistics import Statistic
 
 
 def history(

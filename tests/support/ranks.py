@@ -5,9 +5,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qc_compiler.graph import Interface, RegionSpec, SlotSpec, Statistic
+from qc_compiler.graph import Interface, RegionSpec, SlotSpec
 from qc_compiler.options import Options
 from qc_compiler.runtime import GuardedGraph, Runtime
+from qc_compiler.statistics import Sum
 
 CPU = torch.device("cpu")
 
@@ -24,7 +25,7 @@ def decide_as_rank(rank: int, store: str, results: Any) -> None:
 
         def compiled(x: Any, t: Any, decisions: Any, weights: Any, slot: Any, seen: list[bool] = seen) -> Any:
             seen.append(bool(decisions.all()))
-            return x, torch.zeros(1, len(Statistic)), torch.ones(2)
+            return x, torch.zeros(len(Sum)), torch.ones(2)
 
         graph.compiled = compiled
         for t in (1000.0, 900.0, 800.0):

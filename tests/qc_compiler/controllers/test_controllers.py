@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as npst
 
 from histories import history
 from qc_compiler.controllers import HLC, TDC, FirstBlock, History, MagCache, Static, Step, TeaCache, controller
-from qc_compiler.graph import Statistic
 from qc_compiler.options import Options
+from qc_compiler.statistics import Statistic
 
 RULES = [Static(), HLC(), TDC(), FirstBlock(), TeaCache(), MagCache()]
 
