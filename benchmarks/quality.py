@@ -1,7 +1,7 @@
 """Quality against work on the trained video DiT: PSNR over computed share for every rule, and for fewer steps.
 
 50 Euler steps with guidance 2 (two streams), the same seeds and labels for all, PSNR against the full computation.
-Calibration sees other seeds. `fewer steps` is drawn twice: the model's own sampler, and diffusers' UniPC.
+Calibration sees other seeds and labels. `fewer steps` is drawn twice: the model's own sampler, and diffusers' UniPC.
 
     python benchmarks/quality.py
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -19,8 +20,9 @@ import qc_compiler
 from harness import RESULTS, header, table, write
 from sampling import NULL_LABEL, load_model, psnr, sample
 
-STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE, BUDGET = 50, 8, 7, 123, 2.0, 4.0
+STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE = 50, 8, 7, 123, 2.0
 SHARES = (0.16, 0.25, 0.33, 0.5)
+OURS = "calibrated schedule"
 FEWER = (8, 10, 13, 17, 25)
 
 
@@ -41,7 +43,7 @@ def main() -> None:
         return sample(compiled, label, STEPS, SEED, GUIDANCE)
 
     def calibration_samples(compiled: Callable[..., Tensor]) -> Tensor:
-        return sample(compiled, label, STEPS, CALIBRATION_SEED, GUIDANCE)
+        return sample(compiled, (label + BATCH) % 10, STEPS, CALIBRATION_SEED, GUIDANCE)
 
     points = []
 
@@ -63,12 +65,14 @@ def main() -> None:
             add(method, f"{name}={value}", qc_compiler.summary(compiled).computed_share, videos)
         torch._dynamo.reset()
 
-    for share in SHARES:
-        plan = qc_compiler.calibrate(model, calibration_samples, share=share, budget=BUDGET, progress=False)
-        compiled = torch.compile(model, backend="quantcache", options={"plan": plan})
-        videos = generate(compiled)
-        add("calibrated schedule", f"share={share}", qc_compiler.summary(compiled).computed_share, videos)
-        torch._dynamo.reset()
+    for level, method in (("output+block", OURS), ("output", f"{OURS}, whole steps only")):
+        for share in SHARES:
+            plan = qc_compiler.calibrate(model, calibration_samples, share, level=level, progress=False)
+            compiled = torch.compile(model, backend="quantcache", options={"plan": plan})
+            videos = generate(compiled)
+            setting = f"share={share}, {partial_steps(plan)} partial steps"
+            add(method, setting, qc_compiler.summary(compiled).computed_share, videos)
+            torch._dynamo.reset()
 
     draw(points)
     rows = [(p.method, p.setting, f"{p.share:.3f}", f"{p.psnr:.1f}") for p in points]
@@ -80,23 +84,30 @@ def main() -> None:
     write("quality.md", text)
 
 
+def partial_steps(plan: qc_compiler.Plan) -> int:
+    """Returns at how many steps of a plan some blocks are computed and others are not."""
+    blocks = plan.compute[:, 1:] if len(plan.regions) > 1 else plan.compute
+    return int((blocks.any(axis=1) & ~blocks.all(axis=1)).sum())
+
+
 def sweeps() -> list[tuple[str, dict[str, object], str, tuple[float, ...]]]:
     """Returns method, options, the option that is swept and its values."""
     found: list[tuple[str, dict[str, object], str, tuple[float, ...]]] = []
     for order in (0, 1, 2):
         uniform = {"cache": "static", "level": "network", "cache_order": order, "num_steps": STEPS}
-        found.append((f"uniform, order {order}", uniform, "interval", (2, 3, 4, 6)))
+        found.append((f"uniform, order {order}", uniform, "interval", (2, 3, 4, 5, 7)))
     rules: tuple[tuple[str, str, tuple[float, ...]], ...] = (
-        ("hlc", "network", (0.03, 0.1, 0.3)),
-        ("hlc", "block", (0.03, 0.1, 0.3)),
-        ("tdc", "block", (0.15, 0.4, 0.8)),
-        ("first_block", "block", (0.15, 0.4, 0.8)),
-        ("teacache", "network", (0.15, 0.4, 0.8)),
-        ("magcache", "network", (0.06, 0.2, 0.5)),
+        ("hlc", "network", (0.003, 0.006, 0.01, 0.02, 0.03)),
+        ("hlc", "block", (0.003, 0.006, 0.01, 0.03, 0.1)),
+        ("tdc", "block", (0.05, 0.1, 0.15, 0.25, 0.4)),
+        ("first_block", "block", (0.03, 0.06, 0.1, 0.15, 0.4)),
+        ("teacache", "network", (0.02, 0.05, 0.1, 0.15, 0.4)),
+        ("magcache", "network", (0.01, 0.03, 0.06, 0.12, 0.2)),
     )
     for rule, level, values in rules:
         options = {"cache": rule, "level": level, "cache_order": 1, "num_steps": STEPS, "max_skip": 6}
         found.append((f"{rule} ({level}), order 1", options, "threshold", values))
+    found += [(f"preset {name}", {"preset": name}, "num_steps", (STEPS,)) for name in ("high", "balanced", "fast")]
     return found
 
 
@@ -141,10 +152,11 @@ def draw(points: list[Point]) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    markers = "osv^<>DPX*hpd8"
+    markers, colors = "osv^<>DPX*hpd8o", colormaps["tab20"].colors  # type: ignore[attr-defined]
     for number, (method, found) in enumerate(curves(points).items()):
-        ours = method == "calibrated schedule"
-        style = {"linewidth": 2.5, "color": "black", "zorder": 3} if ours else {"linewidth": 1, "alpha": 0.85}
+        ours = method.startswith(OURS)
+        color = "black" if method == OURS else "gray" if ours else colors[number]
+        style = {"linewidth": 2.5 if ours else 1, "zorder": 3 if ours else 2, "color": color}
         shares, values = [p.share for p in found], [p.psnr for p in found]
         panel.plot(shares, values, marker=markers[number % len(markers)], markersize=4, label=method, **style)
     panel.set_xlim(0.1, 0.6)

@@ -67,16 +67,16 @@ class GuardRegions(GraphPass):
     num_frames: int = 1
 
     def run(self, gm: fx.GraphModule) -> Report:
-        if "interface" in gm.meta:
-            return Report(changed=0)
         calls = body_calls(gm)
+        if "interface" in gm.meta or not calls:  # the output of what has no blocks is not ours to cache
+            return Report(changed=0)
         wiring = _Wiring(gm, self.depth)
         skips: list[Skip] = []
         if self.output:
             skips += self._guard_output(wiring)
         if probe := gm.meta.get("probe"):
             self._observe("probe", [probe], wiring)
-        if self.level == "network" and calls:
+        if self.level == "network":
             self._guard_network(calls, wiring)
         elif self.level in ("block", "sublayer"):
             skips += self._guard_blocks(calls, wiring)

@@ -17,7 +17,7 @@ import passes
 from . import diffusers_context, registry
 from .clock import find_clock, find_frames, find_latent
 from .errors import UnsupportedModelError
-from .graph import copy_of, is_parameter, is_tensor, outputs, placeholders
+from .graph import copy_of, is_parameter, outputs, placeholders
 from .inductor import compile_graph
 from .options import Options, parse_options
 from .pipeline import PassRun, run_passes, source_key
@@ -106,9 +106,8 @@ def _guarded_graph(gm: fx.GraphModule, num_inputs: int, runtime: Runtime) -> Gua
     if options.plan is not None:
         options.plan.check_model(fingerprint(gm), tuple(region.name for region in interface.regions))
     runtime.interface, runtime.fingerprint = interface, fingerprint(gm)
-    result = next((node for node in outputs(gm.graph) if isinstance(node, fx.Node) and is_tensor(node)), None)
     parameters = [i for i, node in enumerate(formals) if is_parameter(node)]
-    latent = find_latent(formals, result, clock)
+    latent = find_latent(formals, outputs(gm.graph), clock)
     return GuardedGraph(interface, runtime, clock, latent, parameters, _symbols(formals))
 
 

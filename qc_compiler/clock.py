@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -65,8 +66,9 @@ def _reaches_a_wave(node: fx.Node) -> bool:
     return False
 
 
-def find_latent(formals: Sequence[fx.Node], result: fx.Node | None, clock: int | None) -> int | None:
-    """Returns the index of the sample that is denoised: shaped like the model's result, else of the highest rank."""
+def find_latent(formals: Sequence[fx.Node], results: Sequence[Any], clock: int | None) -> int | None:
+    """Returns the index of the sample that is denoised: shaped like the model's first tensor, else of highest rank."""
+    result = next((node for node in results if isinstance(node, fx.Node) and is_tensor(node)), None)
     inputs = [(i, node) for i, node in enumerate(formals) if i != clock and _is_sample(node)]
     for i, node in inputs:
         if result is not None and node.meta["val"].shape == result.meta["val"].shape:

@@ -13,7 +13,7 @@ from torch import fx
 from .backend import rewrite
 from .clock import find_clock, find_latent
 from .errors import UnsupportedModelError
-from .graph import Skip, body_calls, body_of, copy_of, is_tensor, outputs, placeholders
+from .graph import Skip, body_calls, body_of, copy_of, outputs, placeholders
 from .options import parse_options
 from .pipeline import PassRun
 from .regions import find_sublayers
@@ -107,8 +107,7 @@ def _explain_graph(gm: fx.GraphModule, num_inputs: int, options: Any) -> GraphEx
         return GraphExplanation((), (), None, None, 0, str(error))
     formals = placeholders(gm.graph)[:num_inputs]
     clock = find_clock(formals, options)
-    result = next((node for node in outputs(gm.graph) if isinstance(node, fx.Node) and is_tensor(node)), None)
-    latent = find_latent(formals, result, clock)
+    latent = find_latent(formals, outputs(gm.graph), clock)
     plain = None
     if "interface" not in gm.meta:
         plain = "no transformer blocks were found"

@@ -40,6 +40,7 @@ def compile_graph(gm: fx.GraphModule, *, config_patches: Mapping[str, Any] | Non
     """
     # Probing the CPU's vector units runs a C++ compiler for 3 s, once a machine; meanwhile there is enough to do here.
     threading.Thread(target=pick_vec_isa, daemon=True).start()
+    constants = _lift_constants(gm)
     formals = placeholders(gm.graph)
     mode = _fake_mode(values_of(formals))
     with mode, torch.no_grad(), torch._C._DisableAutocast():
@@ -50,7 +51,21 @@ def compile_graph(gm: fx.GraphModule, *, config_patches: Mapping[str, Any] | Non
         lowered.graph.output_node().meta["user_visible_output_idxs"] = list(range(len(outputs(lowered.graph))))
         static = [i for i, node in enumerate(formals) if is_parameter(node)]
         compiled = compile_fx_inner(lowered, inputs, static_input_idxs=static, is_inference=True)
-    return lambda *args: compiled(list(args))
+    return lambda *args: compiled([*args, *constants])
+
+
+def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
+    """Makes the constants of the main graph its last inputs, and returns them: a body can be given no attribute."""
+    constants: list[torch.Tensor] = []
+    for node in gm.graph.find_nodes(op="get_attr"):
+        if isinstance(value := getattr(gm, str(node.target)), torch.Tensor):
+            with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
+                formal = gm.graph.placeholder(f"constant_{len(constants)}")
+            formal.meta["val"] = value
+            node.replace_all_uses_with(formal)
+            gm.graph.erase_node(node)
+            constants.append(value)
+    return constants
 
 
 def _decomposed(gm: fx.GraphModule) -> fx.GraphModule:
@@ -64,12 +79,11 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
-        if n.op == "get_attr":
-            name = str(n.target)
-            if not hasattr(tracer.root, name):
+        if n.op == "get_attr" and isinstance(body := getattr(self.module, str(n.target)), fx.GraphModule):
+            if not hasattr(tracer.root, str(n.target)):
                 with disable_proxy_modes_tracing():
-                    tracer.root.register_module(name, _decomposed(getattr(self.module, name)))
-            return getattr(tracer.root, name)
+                    tracer.root.register_module(n.target, _decomposed(body))
+            return getattr(tracer.root, str(n.target))
         if n.target not in (invoke_subgraph, cond):
             return super().run_node(n)
         args = pytree.tree_map(tracer.unwrap_proxy, self.fetch_args_kwargs_from_env(n)[0])

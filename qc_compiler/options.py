@@ -17,9 +17,9 @@ CACHE_DTYPES = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 # Presets fill in what the user leaves open. Measured on the example model: benchmarks/results/quality.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"cache": "off"},
-    "high": {"cache": "hlc", "level": "network", "cache_order": 2, "max_skip": 1},
-    "balanced": {"cache": "hlc", "level": "network", "cache_order": 1, "max_skip": 2},
-    "fast": {"cache": "hlc", "level": "network", "cache_order": 1, "max_skip": 4},
+    "high": {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": 0.003, "max_skip": 3},
+    "balanced": {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": 0.01, "max_skip": 3},
+    "fast": {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": 0.015, "max_skip": 6},
 }
 
 

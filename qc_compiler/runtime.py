@@ -108,7 +108,6 @@ class Trajectory:
     num_steps: int | None = None
     first: float | None = None  # timesteps of its first two steps
     second: float | None = None
-    regions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ class GuardedGraph:
 
     def _locate(self, key: Any, timestep: float | None, sample: NDArray[np.float32] | None) -> Position:
         now = self.runtime.current(key)
-        fresh = Position(Trajectory(key[0], regions=self.names, num_steps=self.runtime.num_steps()), True, 0, 0)
+        fresh = Position(Trajectory(key[0], num_steps=self.runtime.num_steps()), True, 0, 0)
         if now is None:
             return fresh
         if timestep is None:  # no clock: steps are counted

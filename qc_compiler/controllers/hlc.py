@@ -4,8 +4,9 @@
     τ = τ_max if D < δ₁;  τ_mid if D < δ₂;  τ_min otherwise          steps until the next computation
 
 The paper gives no thresholds. τ = (12, 6, 3) and δ = (0.03, 0.09) follow AdaCache's 100-step code book (arXiv
-2411.02397); for other lengths τ scales with N / 100. The same rule serves every level: a region is the network, a
-group, a block or a sub-layer. The first step and the last two are always computed.
+2411.02397); for other lengths τ scales with N / 100, and a length not known yet is taken for 50. The same rule serves
+every level: a region is the network, a group, a block or a sub-layer. The first step and the last two are always
+computed.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ..statistics import Statistic
 from .base import Controller, History, per_region
 
-_PAPER_STEPS = 100
+_PAPER_STEPS, _USUAL_STEPS = 100, 50
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class HLC(Controller):
         motion = float(history.computed_at(region)[-1].statistics[region, Statistic.MOTION])
         limits = (self.threshold, 3 * self.threshold)
         tau = self.tau[int(np.searchsorted(limits, change * motion, side="right"))]
-        until = max(1, round(tau * (history.num_steps or _PAPER_STEPS) / _PAPER_STEPS))
+        until = max(1, round(tau * (history.num_steps or _USUAL_STEPS) / _PAPER_STEPS))
         if self.max_skip is not None:
             until = min(until, self.max_skip + 1)
         return history.age(region) >= until

@@ -87,7 +87,7 @@ def test_the_user_names_it():
 def latent_of(model, *args, clock=None):
     graph = capture(model, *args).normalized().graph
     formals = placeholders(graph)
-    found = find_latent(formals, outputs(graph)[0], clock)
+    found = find_latent(formals, outputs(graph), clock)
     return None if found is None else str(formals[found].meta["source"]).strip("L_")
 
 

@@ -50,8 +50,8 @@ def test_tau_scales_with_the_number_of_steps(num_steps, taus):
     assert tuple(until(HLC(), change, num_steps=num_steps) for change in (0.01, 0.05, 0.5)) == taus
 
 
-def test_an_unknown_number_of_steps_counts_as_100():
-    assert until(HLC(), 0.05, num_steps=None) == 6
+def test_an_unknown_number_of_steps_counts_as_50():
+    assert until(HLC(), 0.05, num_steps=None) == 3
 
 
 @pytest.mark.parametrize("max_skip", [0, 1, 4])
