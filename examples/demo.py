@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.2, help="share of the work the plan may spend (default 0.2)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default out)")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=110)
 
     model = load_model().requires_grad_(False)
     label = torch.arange(args.videos) % NUM_DIGITS
