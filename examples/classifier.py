@@ -23,13 +23,17 @@ class DigitClassifier(nn.Module):
         self.head = nn.Linear(2 * width, 10)
 
     def forward(self, video: torch.Tensor) -> torch.Tensor:
-        """Returns logits (B, 10) of video (B, 1, F, H, W) in [-1, 1]."""
-        batch, _, frames = video.shape[:3]
+        """Returns logits (B, 10) of video (B, 1, F, H, W) or image (B, 1, H, W) in [-1, 1]."""
+        return self.head(self.embed(video)).mean(dim=1)
+
+    def embed(self, video: torch.Tensor) -> torch.Tensor:
+        """Returns the features (B, F, 2 · width) of every frame; an image has one frame."""
+        video = video.unsqueeze(2) if video.dim() == 4 else video
         features = self.features(video.transpose(1, 2).flatten(0, 1))
-        return self.head(features.amax(dim=(-2, -1))).view(batch, frames, -1).mean(dim=1)
+        return features.amax(dim=(-2, -1)).unflatten(0, video.shape[:3:2])
 
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, video: torch.Tensor, label: torch.Tensor) -> float:
-    """Returns the fraction of videos (B, 1, F, H, W) recognized as their label (B,)."""
+    """Returns the fraction of videos (B, 1, F, H, W) or images (B, 1, H, W) recognized as their label (B,)."""
     return (classifier(video).argmax(dim=-1) == label).float().mean().item()

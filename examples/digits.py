@@ -60,3 +60,9 @@ def moving_digits(n: int, seed: int, *, held_out: bool = False) -> tuple[torch.T
     digit = images[index].repeat_interleave(NUM_FRAMES, dim=0).unsqueeze(1)
     frames = F.grid_sample(digit, grid, align_corners=True)  # bilinear; zero outside the digit
     return frames.view(n, 1, NUM_FRAMES, CANVAS, CANVAS) * 2 - 1, labels[index]
+
+
+def placed_digits(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws `n` images of one digit each, somewhere on the canvas: (n, 1, 16, 16) in [-1, 1], label (n,)."""
+    video, label = moving_digits(n, seed)
+    return video[:, :, 0], label

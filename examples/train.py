@@ -1,7 +1,9 @@
-"""Train the example model and its judge on one CPU core.
+"""Train the example models and their judge on one CPU core.
 
-    OMP_NUM_THREADS=1 python examples/train.py --minutes 50
-    OMP_NUM_THREADS=1 python examples/train.py --minutes 20 --resume   # goes on from the last checkpoint
+    OMP_NUM_THREADS=1 python examples/train.py classifier
+    OMP_NUM_THREADS=1 python examples/train.py stdit --minutes 50
+    OMP_NUM_THREADS=1 python examples/train.py dit --minutes 40
+    OMP_NUM_THREADS=1 python examples/train.py dit --minutes 20 --resume   # goes on from the last checkpoint
 
 The learning rate follows a cosine over wall-clock time, so any `--minutes` gives a finished model. Averaged
 weights are written every two minutes, as float16.
@@ -11,21 +13,35 @@ import argparse
 import copy
 import math
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from classifier import DigitClassifier, accuracy
-from digits import NUM_DIGITS, moving_digits
+from digits import NUM_DIGITS, moving_digits, placed_digits
+from dit import DiT
 from sampling import NULL_LABEL, WEIGHTS, load_classifier, sample, save_weights
-from stdit import STDiT, STDiTConfig
+from stdit import STDiT
 
 SAVE_EVERY_S = 120
 JUDGE_EVERY_S = 480
 LABEL_DROPOUT = 0.1
 HELD_OUT_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is trained on: data(n, seed) → samples (n, C, …), labels (n,)."""
+
+    build: Callable[[], STDiT | DiT]
+    data: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+    batch: int
+
+
+TASKS = {"stdit": Task(STDiT, moving_digits, 16), "dit": Task(DiT, placed_digits, 64)}
 
 
 def train_classifier(out: Path, steps: int = 600, batch: int = 64) -> DigitClassifier:
@@ -48,33 +64,26 @@ def train_classifier(out: Path, steps: int = 600, batch: int = 64) -> DigitClass
     return classifier
 
 
-def flow_loss(model: STDiT, video: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+def flow_loss(model: STDiT | DiT, data: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Returns the mean squared error of the velocity on the straight path from data to noise.
 
     Timesteps are logit-normal (arXiv 2403.03206, section 3.1), one from each of B equally likely intervals,
     so that every batch sees all noise levels.
     """
-    batch = video.shape[0]
+    batch = data.shape[0]
     quantile = (torch.arange(batch) + torch.rand(batch)) / batch
     t = torch.special.ndtri(quantile.clamp(1e-4, 1 - 1e-4)).sigmoid()
-    noise = torch.randn_like(video)
-    x = torch.lerp(video, noise, t.view(-1, 1, 1, 1, 1))
+    noise = torch.randn_like(data)
+    x = torch.lerp(data, noise, t.view(-1, *[1] * (data.dim() - 1)))
     label = torch.where(torch.rand(batch) < LABEL_DROPOUT, NULL_LABEL, label)
-    return F.mse_loss(model(x, 1000 * t, label), noise - video)
+    return F.mse_loss(model(x, 1000 * t, label), noise - data)
 
 
-def train_model(
-    classifier: DigitClassifier,
-    out: Path,
-    checkpoint: Path,
-    minutes: float,
-    batch: int,
-    lr: float,
-    resume: bool,
-) -> None:
-    """Trains the diffusion model for `minutes`, keeping an exponential average of its weights."""
-    config = STDiTConfig()
-    model = STDiT(config)
+def train_model(name: str, classifier: DigitClassifier, out: Path, minutes: float, lr: float, resume: bool) -> None:
+    """Trains a diffusion model for `minutes`, keeping an exponential average of its weights."""
+    task, checkpoint = TASKS[name], Path("out", f"{name}.pt")
+    model = task.build()
+    config = model.config
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     step = 0
@@ -89,14 +98,15 @@ def train_model(
     print(f"model: {num_parameters / 1e6:.2f} M parameters, {config}", flush=True)
 
     def save() -> None:
-        save_weights(average, out / "stdit.safetensors", asdict(config), torch.float16)
+        save_weights(average, out / f"{name}.safetensors", asdict(config), torch.float16)
         state = {"model": model.state_dict(), "average": average.state_dict()}
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         torch.save({**state, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
 
     def judge() -> float:
         label = torch.arange(40) % NUM_DIGITS
-        return accuracy(classifier, sample(average, label, steps=20), label)
+        size = tuple(task.data(1, 0)[0].shape[1:])
+        return accuracy(classifier, sample(average, label, steps=20, size=size), label)
 
     start = saved = judged = time.monotonic()
     running_loss: float | None = None
@@ -104,7 +114,7 @@ def train_model(
         warmup = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
             group["lr"] = lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        loss = flow_loss(model, *moving_digits(batch, seed=step))
+        loss = flow_loss(model, *task.data(task.batch, step))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -121,27 +131,29 @@ def train_model(
             save()
             saved = time.monotonic()
         if now - judged > JUDGE_EVERY_S:
-            print(f"step {step}: {judge():.1%} of 40 generated videos recognized", flush=True)
+            print(f"step {step}: {judge():.1%} of 40 samples recognized", flush=True)
             judged = time.monotonic()
     save()
-    print(f"step {step}, done: {judge():.1%} of 40 generated videos recognized", flush=True)
+    print(f"step {step}, done: {judge():.1%} of 40 samples recognized", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("classifier", *TASKS))
     parser.add_argument("--minutes", type=float, default=50, help="wall-clock time for the diffusion model")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the weights go")
-    parser.add_argument("--checkpoint", type=Path, default=Path("out/stdit.pt"), help="what --resume reads")
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in out/")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    trained = args.out / "classifier.safetensors"
-    classifier = load_classifier(trained) if args.resume else train_classifier(args.out)
-    train_model(classifier, args.out, args.checkpoint, args.minutes, args.batch, args.lr, args.resume)
+    if args.what == "classifier":
+        train_classifier(args.out)
+        return
+    train_model(
+        args.what, load_classifier(args.out / "classifier.safetensors"), args.out, args.minutes, args.lr, args.resume
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,28 @@
 """The passes, and THE ORDER."""
 
+from qc_compiler.formats import parse_format
+from qc_compiler.formats.schemes import SCHEMES
 from qc_compiler.graph import GraphPass
-from qc_compiler.options import CACHE_DTYPES, Options
+from qc_compiler.options import Options
 
 from .guard_regions import GuardRegions
+from .lower_linears import LowerLinears
 from .normalize import Normalize
+from .prepare_weights import PrepareWeights
 from .probe_first_block import ProbeFirstBlock
+from .quantize_linears import QuantizeLinears
 from .share_bodies import ShareBodies
 
-__all__ = ["GuardRegions", "Normalize", "ProbeFirstBlock", "ShareBodies", "default_pipeline"]
+__all__ = [
+    "GuardRegions",
+    "LowerLinears",
+    "Normalize",
+    "PrepareWeights",
+    "ProbeFirstBlock",
+    "QuantizeLinears",
+    "ShareBodies",
+    "default_pipeline",
+]
 
 
 def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, ...]:
@@ -18,16 +32,20 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
     return (
         # First, so that every other pass knows one small functional op set.
         Normalize(),
-        # Before the guards: each later pass then edits one body instead of every block.
+        # Before everything else that rewrites: each later pass then edits one body instead of every block.
         ShareBodies(),
         # Before the guards, while the first block's own nodes can still be read; only where a rule asks for it.
-        *((ProbeFirstBlock(),) if options.cache == "teacache" and options.plan is None else ()),
+        *((ProbeFirstBlock(),) if options.has_probe else ()),
+        # The semantics first, then this device's kernels for them; both while a body is still one plain graph.
+        *((QuantizeLinears(SCHEMES[options.quantize], options.emulate),) if options.quantize else ()),
+        # A packed model brings its quantizers along, so these two always run.
+        LowerLinears(options.emulate),
+        PrepareWeights(),
         # Last: what a region contains must not change any more when its branches are built.
-        GuardRegions(
-            options.graph_level,
-            options.guards_output,
-            options.depth,
-            CACHE_DTYPES[options.cache_dtype],
-            num_frames,
-        ),
+        *((_guards(options, num_frames),) if options.caches else ()),
     )
+
+
+def _guards(options: Options, num_frames: int) -> GuardRegions:
+    storage = None if options.cache_dtype == "model" else parse_format(options.cache_dtype)
+    return GuardRegions(options.graph_level, options.guards_output, options.depth, storage, num_frames)

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from qc_compiler.cost import flops_of
+from qc_compiler.formats import Format
 from qc_compiler.graph import (
     GraphPass,
     Interface,
@@ -30,6 +31,8 @@ from qc_compiler.graph import (
     body_of,
     eliminate_dead_code,
     external_inputs,
+    getitems,
+    inline,
     invoke_subgraph,
     is_tensor,
     leaving,
@@ -56,14 +59,14 @@ class GuardRegions(GraphPass):
         level: `network` (one slot), `block` or `sublayer`; None for no guard inside the graph.
         output: Also give the model's output a slot, so that the runtime may skip the whole graph.
         depth: How many residuals a slot remembers: the extrapolation's order + 1.
-        cache_dtype: None (the model's), `torch.int8` or `torch.float8_e4m3fn` with a scale a token.
+        storage: The format that slots are stored in; None for the model's dtype.
         num_frames: Frames of the video, for the motion statistic; 1 for images.
     """
 
     level: str | None
     output: bool = False
     depth: int = 1
-    cache_dtype: torch.dtype | None = None
+    storage: Format | None = None
     num_frames: int = 1
 
     def run(self, gm: fx.GraphModule) -> Report:
@@ -84,7 +87,7 @@ class GuardRegions(GraphPass):
         return Report(changed=len(wiring.interface.regions), skipped=tuple(skips))
 
     def _guard(self, bases: tuple[int | None, ...]) -> Guard:
-        return Guard(bases, self.depth, self.cache_dtype, self.num_frames)
+        return Guard(bases, self.depth, self.storage, self.num_frames)
 
     def _guard_output(self, wiring: "_Wiring") -> list[Skip]:
         results = outputs(wiring.graph)
@@ -101,7 +104,7 @@ class GuardRegions(GraphPass):
         slots = wiring.add_slots(region, [(wiring.empty(*v.shape, dtype=v.dtype, device=v.device),) for v in values])
         part = trace(lambda *args: tuple(guard.observe((), args[:count], args[count:])), *values, *values_of(slots))
         before = wiring.graph.output_node()
-        wiring.collect(_inline(wiring.graph, wiring.gm, part, [*results, *slots], before), region)
+        wiring.collect(inline(wiring.graph, wiring.gm, part, [*results, *slots], before), region)
 
     def _guard_network(self, calls: Sequence[fx.Node], wiring: "_Wiring") -> None:
         gm, graph = wiring.gm, wiring.graph
@@ -136,7 +139,7 @@ class GuardRegions(GraphPass):
             attr = graph.get_attr("network_end")
             attr.meta["val"] = None
             call = graph.call_function(invoke_subgraph, (attr, "network_end", *operands, *slots, *steering))
-        items = _items(call, values_of(outputs(end.graph)))
+        items = getitems(call, values_of(outputs(end.graph)))
         for result, item in zip(results, items):
             for user in outside[result]:
                 user.replace_input_with(result, item)
@@ -161,7 +164,7 @@ class GuardRegions(GraphPass):
                 regions.append(region)
             num_results = len(call.meta["val"])
             set_body(gm, call, f"{name}_guarded", operands)  # type: ignore[arg-type]
-            produced = _items(call, values_of(outputs(body_of(gm, call).graph)))[num_results:]
+            produced = getitems(call, values_of(outputs(body_of(gm, call).graph)))[num_results:]
             for region, site in zip(regions, sites[name]):
                 width = sum(map(len, site.encoded)) + 1
                 wiring.collect(produced[:width], region)
@@ -197,7 +200,7 @@ class GuardRegions(GraphPass):
             part = outline(nodes, inputs, results)
             guarded, encoded = self._guard((None,) * len(results)).build(_interpreted(part), values_of(inputs))
             steering = _add_placeholders(graph, placeholders(guarded.graph)[len(inputs) :], f"_{i}")
-            items = _inline(graph, owner, guarded, [*inputs, *steering], nodes[-1].next, f"sublayer_{i}_")
+            items = inline(graph, owner, guarded, [*inputs, *steering], nodes[-1].next, f"sublayer_{i}_")
             inside = frozenset(nodes)
             for result, item in zip(results, items):
                 for user in [user for user in result.users if user not in inside]:
@@ -299,18 +302,6 @@ def _interpreted(body: fx.GraphModule) -> Any:
     return lambda *args: tuple(fx.Interpreter(body).run(*args))
 
 
-def _items(call: fx.Node, values: Sequence[Any]) -> list[fx.Node]:
-    """Returns a node for each result of a call, those that are there already and new ones."""
-    call.meta["val"] = tuple(values)
-    known = {user.args[1]: user for user in call.users if user.target is operator.getitem}
-    with call.graph.inserting_after(call):
-        for i, val in reversed(list(enumerate(values))):
-            if i not in known:
-                known[i] = call.graph.call_function(operator.getitem, (call, i))
-                known[i].meta["val"] = val
-    return [known[i] for i in range(len(values))]
-
-
 def _add_placeholders(graph: fx.Graph, formals: Sequence[fx.Node], suffix: str) -> list[fx.Node]:
     last, added = placeholders(graph)[-1], []
     for formal in formals:
@@ -319,26 +310,6 @@ def _add_placeholders(graph: fx.Graph, formals: Sequence[fx.Node], suffix: str) 
         last.meta["val"] = formal.meta["val"]
         added.append(last)
     return added
-
-
-def _inline(
-    graph: fx.Graph,
-    owner: fx.GraphModule,
-    part: fx.GraphModule,
-    operands: Sequence[fx.Node],
-    before: fx.Node,
-    prefix: str = "",
-) -> list[fx.Node]:
-    """Copies the nodes of `part` into `graph`; graphs it refers to become submodules of `owner`."""
-    copies = dict(zip(placeholders(part.graph), operands))
-    with graph.inserting_before(before):
-        for node in part.graph.nodes:
-            if node.op == "get_attr":
-                owner.add_submodule(f"{prefix}{node.target}", getattr(part, node.target))
-                copies[node] = graph.get_attr(f"{prefix}{node.target}")
-            elif node.op == "call_function":
-                copies[node] = graph.node_copy(node, lambda old: copies[old])
-    return [copies[node] for node in outputs(part.graph)]
 
 
 def _between(calls: Sequence[fx.Node]) -> list[fx.Node]:

@@ -3,11 +3,13 @@
 model = torch.compile(dit, backend="quantcache")
 """
 
+from pathlib import Path
 from typing import Any
 
 from .errors import (
     InvariantError,
     OptionError,
+    PackedFileError,
     PassError,
     PlanError,
     QuantCacheError,
@@ -19,6 +21,7 @@ from .runtime import stream
 __all__ = [
     "InvariantError",
     "OptionError",
+    "PackedFileError",
     "PassError",
     "Plan",
     "PlanError",
@@ -28,7 +31,10 @@ __all__ = [
     "configure",
     "explain",
     "fit_rule",
+    "load_packed",
+    "pack_",
     "reset",
+    "save_packed",
     "stream",
     "summary",
 ]
@@ -78,3 +84,24 @@ def fit_rule(model: Any, generate: Any, rule: str, **kwargs: Any) -> dict[str, A
     from .calibration import fit_rule as run
 
     return run(model, generate, rule, **kwargs)
+
+
+def pack_(model: Any, scheme: str) -> Any:
+    """Replaces the weights of the linears in a model's blocks by packed ones, in place, and frees them."""
+    from .packing import pack_ as run
+
+    return run(model, scheme)
+
+
+def save_packed(model: Any, path: str | Path) -> None:
+    """Writes a packed model into one safetensors file."""
+    from .packing import save_packed as run
+
+    run(model, path)
+
+
+def load_packed(model: Any, path: str | Path, device: Any = "cpu") -> Any:
+    """Loads a packed model into one of its class, e.g. on the meta device; no float weight is ever made."""
+    from .packing import load_packed as run
+
+    return run(model, path, device)

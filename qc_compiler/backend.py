@@ -17,11 +17,13 @@ import passes
 from . import diffusers_context, registry
 from .clock import find_clock, find_frames, find_latent
 from .errors import UnsupportedModelError
-from .graph import copy_of, is_parameter, outputs, placeholders
+from .graph import body_calls, copy_of, is_parameter, outputs, placeholders
 from .inductor import compile_graph
 from .options import Options, parse_options
 from .pipeline import PassRun, run_passes, source_key
+from .prepared import PreparedGraph, PreparedWeights
 from .runtime import GuardedGraph, Runtime
+from .show import show
 
 if Path(passes.__file__).parent.parent != Path(__file__).parent.parent:
     raise ImportError(
@@ -69,7 +71,9 @@ def quantcache(
                 "gradients are enabled, and cached residuals have none: call the model under torch.no_grad()"
             )
         runtime.reports = rewrite(rewritten, parsed)
-        graph = _guarded_graph(rewritten, len(example_inputs), runtime)
+        if not body_calls(rewritten):
+            raise _no_blocks(runtime)
+        graph = _guarded_graph(rewritten, len(example_inputs), runtime) if parsed.caches else None
     except UnsupportedModelError as error:
         if parsed.strict:
             raise
@@ -80,8 +84,25 @@ def quantcache(
     with torch.compiler.config.patch(  # type: ignore[attr-defined]
         cache_key_tag=f"quantcache-{source_key()}"
     ):
-        graph.compiled = compile_guarded(rewritten, config_patches=inductor)
+        compiled = compile_guarded(rewritten, config_patches=inductor)
+    if "prepare" in rewritten.meta:
+        compiled = PreparedGraph(compiled, _prepared_weights(rewritten, example_inputs, runtime), len(example_inputs))
+    if graph is None:
+        return compiled
+    graph.compiled = compiled
     return graph
+
+
+def _prepared_weights(gm: fx.GraphModule, inputs: Sequence[Any], runtime: Runtime) -> PreparedWeights:
+    prepare = gm.meta["prepare"]
+    key = (show(prepare), tuple(id(inputs[i]) for i in prepare.meta["sources"]))
+    return runtime.prepared.setdefault(key, PreparedWeights(prepare))
+
+
+def _no_blocks(runtime: Runtime) -> UnsupportedModelError:
+    skips = [f"{skip.where}: {skip.reason}" for run in runtime.reports for skip in run.report.skipped]
+    why = "; ".join(skips[:3]) or "no module list whose entries hold attention and a residual stream"
+    return UnsupportedModelError(f"no transformer blocks were found ({why})")
 
 
 def _guarded_graph(gm: fx.GraphModule, num_inputs: int, runtime: Runtime) -> GuardedGraph:
@@ -93,9 +114,7 @@ def _guarded_graph(gm: fx.GraphModule, num_inputs: int, runtime: Runtime) -> Gua
     """
     options, interface = runtime.options, gm.meta.get("interface")
     if interface is None:
-        skips = [f"{skip.where}: {skip.reason}" for run in runtime.reports for skip in run.report.skipped]
-        why = "; ".join(skips[:3]) or "no module list whose entries hold attention and a residual stream"
-        raise UnsupportedModelError(f"no transformer blocks were found ({why})")
+        raise _no_blocks(runtime)
     formals = placeholders(gm.graph)[:num_inputs]
     clock = find_clock(formals, options)
     if clock is None and options.num_steps is None:

@@ -20,6 +20,10 @@ class PlanError(QuantCacheError, ValueError):
     """A plan file is damaged, or was made for another model or another number of steps."""
 
 
+class PackedFileError(QuantCacheError, ValueError):
+    """A file of packed weights is damaged, or belongs to another model."""
+
+
 class UnsupportedModelError(QuantCacheError):
     """The model cannot be cached, and `strict` forbids running it as plain Inductor."""
 

@@ -109,13 +109,12 @@ def _explain_graph(gm: fx.GraphModule, num_inputs: int, options: Any) -> GraphEx
     clock = find_clock(formals, options)
     latent = find_latent(formals, outputs(gm.graph), clock)
     plain = None
-    if "interface" not in gm.meta:
+    if not body_calls(gm):
         plain = "no transformer blocks were found"
-    elif clock is None and options.num_steps is None:
+    elif options.caches and clock is None and options.num_steps is None:
         plain = "no timestep input was found"
     names = [None if i is None else str(formals[i].meta.get("source")) for i in (clock, latent)]
-    slots = [node.meta["val"] for node in placeholders(gm.graph)[num_inputs + 2 :]]
-    sizes = [value.nbytes for value in slots]
+    sizes = [node.meta["val"].nbytes for node in placeholders(gm.graph) if node.name.startswith("slot_")]
     total = sum(sizes) if all(isinstance(size, int) for size in sizes) else None
     return GraphExplanation(tuple(runs), tuple(tree), names[0], names[1], total, plain)
 

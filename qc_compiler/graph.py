@@ -5,6 +5,7 @@ The main graph calls *bodies*: submodules that equal blocks share (`invoke_subgr
 the one record of what was added to the graph's inputs and outputs.
 """
 
+import operator
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -189,6 +190,82 @@ def set_body(gm: fx.GraphModule, call: fx.Node, name: str, operands: Sequence[fx
     call.args = (attr, name, *operands)
     if isinstance(old, fx.Node) and not old.users:
         gm.graph.erase_node(old)
+
+
+def add_call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    """Adds a call at the graph's insertion point; its value is found on fake tensors."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = _evaluate(node)
+    return node
+
+
+def getitems(call: fx.Node, values: Sequence[Any] | None = None) -> list[fx.Node]:
+    """Returns a node for each result of a call, those that are there already and new ones."""
+    if values is not None:
+        call.meta["val"] = tuple(values)
+    known = {user.args[1]: user for user in call.users if user.target is operator.getitem}
+    with call.graph.inserting_after(call):
+        for i, val in reversed(list(enumerate(call.meta["val"]))):
+            if i not in known:
+                known[i] = call.graph.call_function(operator.getitem, (call, i))
+                known[i].meta["val"] = val
+    return [known[i] for i in range(len(call.meta["val"]))]
+
+
+def inline(
+    graph: fx.Graph,
+    owner: fx.GraphModule,
+    part: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    before: fx.Node,
+    prefix: str = "",
+) -> list[fx.Node]:
+    """Copies the nodes of `part` into `graph`; graphs it refers to become submodules of `owner`."""
+    copies = dict(zip(placeholders(part.graph), operands))
+    with graph.inserting_before(before):
+        for node in part.graph.nodes:
+            if node.op == "get_attr":
+                owner.add_submodule(f"{prefix}{node.target}", getattr(part, node.target))
+                copies[node] = graph.get_attr(f"{prefix}{node.target}")
+            elif node.op == "call_function":
+                copies[node] = graph.node_copy(node, lambda old: copies[old])
+    return [copies[node] for node in outputs(part.graph)]
+
+
+def add_operands(gm: fx.GraphModule, name: str, make: Callable[[fx.Node], Sequence[fx.Node]]) -> list[fx.Node]:
+    """Gives the body `name` more operands made of its weights: `make(call)` at each of its calls.
+
+    Returns:
+        The operands inside the body. Those in the main graph are marked for `PrepareWeights`.
+    """
+    calls = [call for call in body_calls(gm) if call.args[1] == name]
+    given = [make(call) for call in calls]
+    for call, nodes in zip(calls, given):
+        call.args = (*call.args, *nodes)
+        for node in nodes:
+            node.meta["prepared"] = True
+    graph = body_of(gm, calls[0]).graph
+    added = []
+    for node in given[0]:
+        with graph.inserting_after(placeholders(graph)[-1]):
+            added.append(graph.placeholder(node.name))
+        added[-1].meta |= {"val": node.meta["val"], "parameter": True}
+    return added
+
+
+def drop_unused_parameters(gm: fx.GraphModule) -> None:
+    """Removes the parameters that bodies take and do not read any more."""
+    for name in dict.fromkeys(str(call.args[1]) for call in body_calls(gm)):
+        calls = [call for call in body_calls(gm) if call.args[1] == name]
+        body = body_of(gm, calls[0])
+        formals = placeholders(body.graph)
+        kept = [i for i, node in enumerate(formals) if node.users or not is_parameter(node)]
+        body.meta["bases"] = tuple(None if base is None else kept.index(base) for base in body.meta["bases"])
+        for call in calls:
+            call.args = (*call.args[:2], *(call.args[2 + i] for i in kept))
+        for i in set(range(len(formals))) - set(kept):
+            body.graph.erase_node(formals[i])
+        body.recompile()
 
 
 def submodules(gm: fx.GraphModule, prefix: str = "") -> Iterator[tuple[str, fx.GraphModule]]:

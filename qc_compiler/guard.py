@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.functions import Max
 
-from .formats.per_token import dequantize_per_token, quantize_per_token
+from .formats import Format
 from .graph import cond, fake_mode_of, outputs, placeholders, trace, values_of
 from .statistics import Sum, region_sums
 
@@ -32,13 +32,13 @@ class Guard:
         bases: For each result of the region the index of the operand that it is a residual of; None caches the
             result itself.
         depth: How many residuals a slot remembers, newest first.
-        dtype: None stores residuals as they are; int8 or fp8 as codes and a scale a token.
+        storage: None stores residuals as they are; a format as codes and scales.
         num_frames: Frames of the video, for the motion statistic; 1 for images.
     """
 
     bases: tuple[int | None, ...]
     depth: int = 1
-    dtype: torch.dtype | None = None
+    storage: Format | None = None
     num_frames: int = 1
 
     def build(
@@ -88,18 +88,18 @@ class Guard:
         ]
 
     def encode(self, residuals: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        if self.dtype is None:
+        if self.storage is None:
             return [(residual,) for residual in residuals]
-        return [quantize_per_token(residual, self.dtype) for residual in residuals]
+        return [self.storage.quantize(residual) for residual in residuals]
 
     def decode(self, stored: Sequence[Tensor], age: int) -> list[Tensor]:
         """Returns the residuals that were computed `age` computed steps before the newest."""
-        width = 1 if self.dtype is None else 2
+        width = 1 if self.storage is None else self.storage.num_parts
         start, count = age * len(self.bases) * width, len(self.bases) * width
         flat = stored[start : start + count]
-        if self.dtype is None:
+        if self.storage is None:
             return list(flat)
-        return [dequantize_per_token(codes, scale) for codes, scale in zip(flat[::2], flat[1::2])]
+        return [self.storage.dequantize(*flat[i : i + width]) for i in range(0, count, width)]
 
     def observe(self, operands: Sequence[Any], results: Sequence[Tensor], stored: Sequence[Tensor]) -> list[Tensor]:
         """Returns what a computed step leaves behind: new slot values, then the sums."""

@@ -5,14 +5,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .errors import OptionError, nearest
+from .formats.schemes import SCHEMES
 from .plan import Plan
 
 LEVELS = ("output", "network", "group", "block", "sublayer")
 CACHES = ("off", "static", "hlc", "tdc", "first_block", "teacache", "magcache")
-CACHE_DTYPES = {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CACHE_DTYPES = ("model", "int8", "fp8")
 
 # Presets fill in what the user leaves open. Measured on the example model: benchmarks/results/quality.md.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -41,6 +40,9 @@ class Options:
         polynomial, ratios: What `fit_rule` found for `teacache` and `magcache`; None takes the rule's default.
         num_steps: Steps of a trajectory, if known. Needed where no timestep input is found.
         plan: A `Plan` or the path of one; decides instead of `cache`.
+        quantize: How the linears of the blocks are quantized: `w8a8`, `w4a8`, `w4a6`, `fp8`, `nvfp4`; None not at all.
+            Where this device has no faster kernel they stay as they are.
+        emulate: Quantize there as well, in plain torch: slow, for measuring what a format does to quality.
         strict: Raise `UnsupportedModelError` where quantcache would run plain Inductor.
         timestep: Name of the timestep input, if it is not found by itself.
         num_frames: Frames of the video after patching, for HLC's motion factor; None finds it, 1 for images.
@@ -60,6 +62,8 @@ class Options:
     ratios: tuple[float, ...] | None = None
     num_steps: int | None = None
     plan: Plan | None = None
+    quantize: str | None = None
+    emulate: bool = False
     strict: bool = False
     timestep: str | None = None
     num_frames: int | None = None
@@ -74,7 +78,12 @@ class Options:
     @property
     def exact(self) -> bool:
         """Whether nothing is to be done to the graph."""
-        return self.cache == "off" and self.plan is None
+        return not self.caches and self.quantize is None
+
+    @property
+    def caches(self) -> bool:
+        """Whether anything is guarded."""
+        return self.cache != "off" or self.plan is not None
 
     @property
     def guards_output(self) -> bool:
@@ -157,8 +166,11 @@ def check(options: Options) -> Options:
     for name in ("polynomial", "ratios"):
         if (numbers := getattr(options, name)) is not None:
             _numbers(name, numbers)
-    if not isinstance(options.strict, bool):
-        raise OptionError(f"strict={options.strict!r}: expected True or False")
+    for name in ("strict", "emulate"):
+        if not isinstance(getattr(options, name), bool):
+            raise OptionError(f"{name}={getattr(options, name)!r}: expected True or False")
+    if options.quantize is not None:
+        _one_of("quantize", options.quantize, SCHEMES)
     if options.timestep is not None and not isinstance(options.timestep, str):
         raise OptionError(f"timestep={options.timestep!r}: expected the name of an input")
     if options.cache == "first_block" and options.graph_level != "block":

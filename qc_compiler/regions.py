@@ -46,7 +46,13 @@ _CARRIES_ON = {  # ops that a residual stream passes through unchanged in meanin
     aten.view.default,
     aten.reshape.default,
 }
-_DENSE = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_DENSE = {
+    aten.linear.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+}
+_KERNELS = {"quantcache.int8_matmul.default", "quantcache.triton_linear.default"}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 
 
@@ -160,6 +166,10 @@ def _module_list_items(compute: Sequence[fx.Node], skips: list[Skip]) -> list[tu
 def _unpacks_outside(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether a node takes one element of a tuple made outside: it stays there, operands are tensors."""
     return node.target is operator.getitem and node.args[0] not in inside
+
+
+def _is_dense(node: fx.Node) -> bool:
+    return node.target in _DENSE or str(node.target) in _KERNELS
 
 
 def _adds_residual(nodes: Sequence[fx.Node]) -> bool:
@@ -287,12 +297,12 @@ def find_sublayers(body: fx.GraphModule, bases: Sequence[int | None]) -> tuple[l
                 branches += [arg for arg in node.all_input_nodes if arg is not before and arg in inside]
     cones = {branch: _cone(branch, stream) for branch in branches}
     found, skips = [], []
-    mixed = {n for n in inside if is_attention(n) or (n.target in _DENSE and _reaches(n, stream, inside - stream))}
+    mixed = {n for n in inside if is_attention(n) or (_is_dense(n) and _reaches(n, stream, inside - stream))}
     for group in _joined(branches, cones, mixed):
         nodes = _exclusive(set().union(*(cones[branch] for branch in group)), set(group), stream)
         ordered = tuple(sorted(nodes, key=order.__getitem__))
         kind, num_heads = _kind(ordered, stream, inside, len(group))
-        if not any(n.target in _DENSE for n in ordered) and num_heads == 0:
+        if not any(_is_dense(n) for n in ordered) and num_heads == 0:
             skips.append(Skip(group[0].name, "the added branch holds no linear, no convolution and no attention"))
             continue
         if any(_reaches(node, group, inside) for node in external_inputs(ordered)):

@@ -29,6 +29,7 @@ from .extrapolation import polynomial_weights
 from .graph import Interface
 from .options import Options, changed
 from .plan import Plan
+from .prepared import PreparedWeights, version_of
 from .statistics import Sum, ratios
 
 _STREAM: ContextVar[str | None] = ContextVar("quantcache_stream", default=None)
@@ -134,6 +135,7 @@ class Runtime:
         self.interface: Interface | None = None
         self.notes: list[str] = []
         self.fingerprint = ""
+        self.prepared: dict[Any, PreparedWeights] = {}  # shared by the graphs of different shapes
         self.trajectories: deque[Trajectory] = deque(maxlen=KEPT_TRAJECTORIES)
         self._lengths: dict[tuple[float, float], int] = {}  # of earlier trajectories, by their first two timesteps
         self.peak_slot_bytes = 0
@@ -307,8 +309,7 @@ class GuardedGraph:
         return StreamState(history=[deque(maxlen=depth) for _ in self.names])
 
     def _parameters_version(self, inputs: Sequence[Any]) -> int:
-        tensors = [inputs[i] for i in self.parameters]
-        return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+        return version_of([inputs[i] for i in self.parameters])
 
     # -- what to compute? --------------------------------------------------------------------------------------
 

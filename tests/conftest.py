@@ -1,5 +1,22 @@
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+
+
+@pytest.fixture(autouse=True)
+def _own_kernel_times(tmp_path, monkeypatch):
+    """No test reads or writes what was measured on this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def kernels_win(monkeypatch):
+    """Kernels count as faster, whatever they are: tiny shapes are never worth one."""
+    monkeypatch.setattr("passes.quantize_linears.why_slower", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

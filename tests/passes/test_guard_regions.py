@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from capture import apply, branches, capture, skips
 from passes import GuardRegions
+from qc_compiler.formats import parse_format
 from qc_compiler.graph import body_calls, cond, placeholders, submodules
 from qc_compiler.show import show
 from qc_compiler.statistics import Statistic, ratios
@@ -264,11 +265,11 @@ def test_the_interface_describes_the_inputs_and_outputs(tiny, level, depth):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
-def test_computing_equals_the_model(level, cache_dtype):
+@pytest.mark.parametrize("storage", [None, parse_format("int8"), parse_format("fp8")])
+def test_computing_equals_the_model(level, storage):
     model, args = tiny_dit(3), (torch.randn(2, 6, 8), torch.full((2,), 300.0))
     captured = capture(model, *args)
-    gm = guarded(captured, level, depth=2, cache_dtype=cache_dtype)
+    gm = guarded(captured, level, depth=2, storage=storage)
     (result,), _, _ = call(gm, captured, [True] * len(gm.meta["interface"].regions))
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(*(arg.double() for arg in args))
@@ -290,9 +291,9 @@ def test_reusing_what_was_just_computed_equals_the_model(tiny, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
-def test_no_branch_returns_memory_of_its_inputs(tiny, level, cache_dtype):
-    gm = guarded(tiny, level, depth=2, cache_dtype=cache_dtype)
+@pytest.mark.parametrize("storage", [None, parse_format("int8")])
+def test_no_branch_returns_memory_of_its_inputs(tiny, level, storage):
+    gm = guarded(tiny, level, depth=2, storage=storage)
     assert len(branches(gm)) >= 2
     for branch in branches(gm):
         kinds = [node.meta["val"] for node in placeholders(branch.graph)]

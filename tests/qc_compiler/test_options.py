@@ -7,7 +7,8 @@ import torch
 
 from qc_compiler import Plan
 from qc_compiler.errors import OptionError, PlanError
-from qc_compiler.options import CACHE_DTYPES, CACHES, LEVELS, PRESETS, Options, changed, parse_options
+from qc_compiler.formats import parse_format
+from qc_compiler.options import CACHE_DTYPES, CACHES, PRESETS, Options, changed, parse_options
 
 
 def plan(level="block", depth=2, regions=("blocks.0", "blocks.1")):
@@ -131,9 +132,28 @@ def test_limits_that_are_still_valid():
     assert parse_options({"threshold": float("inf")}).threshold == float("inf")
 
 
-def test_the_slots_formats_are_dtypes():
-    assert {"model": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn} == CACHE_DTYPES
-    assert "network" in LEVELS
+def test_slots_are_stored_as_the_model_s_dtype_or_in_a_format():
+    assert all(name == "model" or parse_format(name).name == name for name in CACHE_DTYPES)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quantize": "w8a9"}, "quantize='w8a9': did you mean 'w8a8'?"),
+        ({"quantize": 8}, "quantize=8:"),
+        ({"emulate": "yes"}, "emulate='yes': expected True or False"),
+    ],
+)
+def test_wrong_quantization(given, message):
+    with pytest.raises(OptionError, match="^" + re.escape(message)):
+        parse_options(given)
+
+
+def test_quantizing_alone_is_something_to_do():
+    assert parse_options({"cache": "off"}).exact
+    options = parse_options({"cache": "off", "quantize": "w8a8"})
+    assert not options.exact
+    assert not options.caches
 
 
 def test_disable_takes_one_name_or_several():

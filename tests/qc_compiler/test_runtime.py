@@ -13,7 +13,7 @@ from torch import nn
 import qc_compiler
 from driver import SHAPE, Driver, noise
 from qc_compiler import OptionError, Plan, PlanError, UnsupportedModelError, stream
-from qc_compiler.formats.per_token import dequantize_per_token
+from qc_compiler.formats import parse_format
 from qc_compiler.registry import runtime_of
 from qc_compiler.runtime import _STREAM, MAX_STREAMS, MAX_TRAJECTORIES
 from ranks import decide_as_rank
@@ -444,8 +444,8 @@ def test_compressed_slots_are_within_the_documented_bound(cache_dtype):
     assert narrow.slots()[0].element_size() == 1
     pairs = zip(narrow.slots()[::2], narrow.slots()[1::2], wide.slots())
     for codes, scale, delta in pairs:
-        error = (dequantize_per_token(codes, scale) - delta).abs()
-        bound = scale / 2 if cache_dtype == "int8" else torch.maximum(delta.abs() / 17, scale * 2.0**-10)
+        form = parse_format(cache_dtype)
+        error, bound = (form.dequantize(codes, scale) - delta).abs(), form.bound(delta, codes, scale)
         # the residual itself differs by what another order of the float32 sums makes of it
         assert (error <= bound * (1 + 1e-5) + 1e-6).all()
     result, expected = narrow(noise(), 900), wide(noise(), 900)

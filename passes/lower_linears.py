@@ -1,0 +1,155 @@
+"""Turns `dequantize → linear` into this device's kernel, and the other quantizers into plain torch for Inductor.
+
+    before:  y = linear(dequantize(codes_x, …), dequantize(codes_w, …), b)
+    after:   y = kernel(codes_x, …, prepared_w, …, b)      its epilogue written out, for Inductor to fuse
+             prepared_w = prepare(dequantize(codes_w, …))   in the main graph
+
+Error: that of the kernel (its module states it). Where there is none, the result is the reference's own: a weight that
+the main graph quantizes is dequantized there, too, once for all steps; one that is kept packed is decoded at each use.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qc_compiler import ops
+from qc_compiler.formats import parse_format
+from qc_compiler.formats.schemes import Scheme
+from qc_compiler.graph import (
+    GraphPass,
+    Report,
+    add_call,
+    add_operands,
+    body_calls,
+    body_of,
+    drop_unused_parameters,
+    eliminate_dead_code,
+    inline,
+    is_parameter,
+    placeholders,
+    trace,
+    values_of,
+)
+from qc_compiler.kernels import LinearKernel, find_kernel
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One linear whose weight comes out of a dequantizer.
+
+    Attributes:
+        node: The linear.
+        x: Its activations: behind a dequantizer, or plain.
+        weight: The dequantizer of its weight.
+        bias: Of the linear, or None.
+        at: Which operands of the body are the weight's parts.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    at: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LowerLinears(GraphPass):
+    """
+    Attributes:
+        emulate: Take no kernel.
+    """
+
+    emulate: bool = False
+
+    def run(self, gm: fx.GraphModule) -> Report:
+        changed = 0
+        for name in dict.fromkeys(str(call.args[1]) for call in body_calls(gm)):
+            calls = [call for call in body_calls(gm) if call.args[1] == name]
+            body = body_of(gm, calls[0])
+            for match in find_quantized_linears(body):
+                if kernel := self._kernel(match):
+                    _lower(gm, name, body, match, kernel)
+                elif not any(is_parameter(call.args[2 + i]) for call in calls for i in match.at):  # type: ignore[arg-type]
+                    _decode_outside(gm, name, match)
+            eliminate_dead_code(body.graph)
+            changed += _write_out(body)
+            eliminate_dead_code(body.graph)
+        drop_unused_parameters(gm)
+        return Report(changed)
+
+    def _kernel(self, match: QuantizedLinear) -> LinearKernel | None:
+        if self.emulate or match.x.target is not ops.dequantize:
+            return None
+        scheme = Scheme(_args(match.weight)[1], _args(match.x)[1])
+        return find_kernel(scheme, match.x.meta["val"].device)
+
+
+def find_quantized_linears(body: fx.GraphModule) -> list[QuantizedLinear]:
+    formals = placeholders(body.graph)
+    found = []
+    for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
+        x, weight, bias = (*_args(node), None)[:3]
+        if weight.target is ops.dequantize:
+            found.append(QuantizedLinear(node, x, weight, bias, tuple(map(formals.index, _args(weight)[0]))))
+    return found
+
+
+def _lower(gm: fx.GraphModule, name: str, body: fx.GraphModule, match: QuantizedLinear, kernel: LinearKernel) -> None:
+    parts, form, _, *size = _args(match.weight)
+    prepare = trace(lambda *p: kernel.prepare(p, form, *size), *values_of(parts))
+    weight = add_operands(
+        gm, name, lambda call: inline(gm.graph, gm, prepare, [_args(call)[2 + i] for i in match.at], before=call)
+    )
+    codes, dtype = list(_args(match.x)[0]), match.node.meta["val"].dtype
+
+    def run(*args: Tensor) -> tuple[Tensor]:
+        x, w, bias = args[: len(codes)], args[len(codes) : len(codes) + len(weight)], args[len(codes) + len(weight) :]
+        return (kernel.linear(x, w, bias[0] if bias else None, dtype),)
+
+    operands = [*codes, *weight, *([match.bias] if match.bias is not None else [])]
+    (result,) = inline(body.graph, body, trace(run, *values_of(operands)), operands, before=match.node)
+    result.meta["nn_module_stack"] = match.node.meta.get("nn_module_stack")
+    match.node.replace_all_uses_with(result)
+    body.graph.erase_node(match.node)
+
+
+def _decode_outside(gm: fx.GraphModule, name: str, match: QuantizedLinear) -> None:
+    """Moves the dequantizer of a weight that is quantized in the main graph there, too."""
+
+    def decoded(call: fx.Node) -> list[fx.Node]:
+        with gm.graph.inserting_before(call):
+            parts = [_args(call)[2 + i] for i in match.at]
+            return [add_call(gm.graph, ops.dequantize, (parts, *_args(match.weight)[1:]))]
+
+    (outside,) = add_operands(gm, name, decoded)
+    match.node.replace_input_with(match.weight, outside)
+
+
+def _write_out(body: fx.GraphModule) -> int:
+    """Replaces quantizers and dequantizers by the plain torch of their formats."""
+    changed = 0
+    for node in list(body.graph.nodes):
+        if node.target is ops.quantize:
+            x, name = _args(node)
+            parts = inline(body.graph, body, trace(parse_format(name).quantize, x.meta["val"]), [x], before=node)
+            for item in list(node.users):
+                item.replace_all_uses_with(parts[_args(item)[1]])
+                body.graph.erase_node(item)
+        elif node.target is ops.dequantize:
+            operands, *how = _args(node)
+            decode = trace(lambda *parts: (ops.decode(parts, *how),), *values_of(operands))  # noqa: B023
+            (result,) = inline(body.graph, body, decode, operands, before=node)
+            node.replace_all_uses_with(result)
+        else:
+            continue
+        body.graph.erase_node(node)
+        changed += 1
+    return changed
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args

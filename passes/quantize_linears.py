@@ -1,0 +1,189 @@
+"""Puts quantize/dequantize pairs around the linears of the blocks: the graph after it is the semantics.
+
+    before:  y = linear(x, w, b)                                                       in a body that blocks share
+    after:   y = linear(dequantize(quantize(x)), dequantize(codes, scales), b)         in the body
+             codes, scales = quantize(w)                                               in the main graph, for each block
+
+Linears that read the same x share its quantizer, which stands right behind what produces x. Error: that of the two
+formats (`qc_compiler.formats`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from qc_compiler import ops
+from qc_compiler.cost import hint
+from qc_compiler.formats.schemes import Scheme
+from qc_compiler.graph import (
+    GraphPass,
+    Report,
+    Skip,
+    add_call,
+    add_operands,
+    body_calls,
+    body_of,
+    drop_unused_parameters,
+    getitems,
+    is_parameter,
+    module_path,
+    placeholders,
+)
+from qc_compiler.kernels import find_kernel
+from qc_compiler.kernels.timing import why_slower
+
+aten = torch.ops.aten
+NARROW = 32  # linears with fewer inputs or outputs (a LoRA's branch) have nothing to gain
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear of a body.
+
+    Attributes:
+        node: The linear.
+        x: Its activations (…, K).
+        weight: The body's operand that holds its weight (N, K).
+        name: Module path in the first block that calls the body.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    name: str
+
+
+@dataclass(frozen=True)
+class QuantizeLinears(GraphPass):
+    """
+    Attributes:
+        scheme: Formats of weights and activations.
+        emulate: Quantize also where this device has no kernel, or a slower one: the reference semantics in plain
+            torch, for measuring quality.
+    """
+
+    scheme: Scheme
+    emulate: bool = False
+
+    def run(self, gm: fx.GraphModule) -> Report:
+        calls = body_calls(gm)
+        if not calls:
+            return Report(changed=0)
+        skips = [] if gm.meta.get("quantized") else _skips_outside(gm, calls)
+        changed = 0
+        for name in dict.fromkeys(str(call.args[1]) for call in calls):
+            users = [call for call in calls if call.args[1] == name]
+            body = body_of(gm, users[0])
+            sites, found = find_linears(body)
+            skips += found
+            for site in sites:
+                if reason := self._why_not(site):
+                    skips.append(Skip(site.name, reason))
+                else:
+                    changed += len(users)
+                    self._rewrite(gm, name, site)
+        drop_unused_parameters(gm)
+        gm.meta["quantized"] = True
+        return Report(changed, tuple(skips))
+
+    def _why_not(self, site: LinearSite) -> str | None:
+        if self.emulate:
+            return None
+        x, w = site.x.meta["val"], site.weight.meta["val"]
+        kernel = find_kernel(self.scheme, w.device)
+        if kernel is None:
+            return (
+                f"no kernel multiplies {self.scheme.activation} with {self.scheme.weight} on {w.device.type}: "
+                "option emulate=True computes it in plain torch"
+            )
+        rows = hint(x.numel()) // w.shape[1]
+        return why_slower(kernel, self.scheme, rows, w.shape[1], w.shape[0], w.dtype, w.device)
+
+    def _rewrite(self, gm: fx.GraphModule, body: str, site: LinearSite) -> None:
+        kernel = None if self.emulate else find_kernel(self.scheme, site.weight.meta["val"].device)
+        scheme = kernel.narrowed(self.scheme) if kernel else self.scheme
+        graph, dtype = site.node.graph, site.x.meta["val"].dtype
+        x_hat = _quantized(site.x, scheme.activation)
+        at = 2 + placeholders(graph).index(site.weight)
+        formals = add_operands(gm, body, lambda call: _parts(_args(call)[at], scheme.weight))
+        with graph.inserting_before(site.node):
+            w_hat = add_call(graph, ops.dequantize, (formals, scheme.weight, dtype))
+        site.node.args = (x_hat, w_hat, *site.node.args[2:])
+
+
+def find_linears(body: fx.GraphModule) -> tuple[list[LinearSite], list[Skip]]:
+    """Finds the linears of a body that can be quantized; those that are quantized already are passed over."""
+    sites, skips = [], []
+    for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
+        x, weight = _args(node)[:2]
+        if x.target is ops.dequantize or weight.target is ops.dequantize:
+            continue
+        site = LinearSite(node, x, weight, module_path(node))
+        if reason := _unsuited(site):
+            skips.append(Skip(site.name, reason))
+        else:
+            sites.append(site)
+    return sites, skips
+
+
+def _unsuited(site: LinearSite) -> str | None:
+    x, weight = site.x.meta["val"], site.weight.meta["val"]
+    if not is_parameter(site.weight):
+        return "its weight is computed, not a parameter"
+    if len(site.weight.users) > 1:
+        return "its weight has another use"
+    if x.dim() < 3 or x.shape[-2] == 1:
+        return "it sees one row a sample (modulation): there is little to gain and much to lose"
+    if min(weight.shape) < NARROW:
+        return f"it is only {min(weight.shape)} wide"
+    return None
+
+
+def _skips_outside(gm: fx.GraphModule, calls: list[fx.Node]) -> list[Skip]:
+    """Names the dense layers outside the blocks, with what they are."""
+    dense = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    skips = []
+    for node in gm.graph.nodes:
+        if node.target not in dense:
+            continue
+        x = _args(node)[0].meta["val"]
+        if node.target is not aten.linear.default:
+            what = "patch embedding"
+        elif x.dim() < 3 or x.shape[-2] == 1:
+            what = "timestep embedding or modulation"
+        elif order[node] > order[calls[-1]]:
+            what = "final layer"
+        else:
+            what = "embedding"
+        skips.append(Skip(module_path(node), f"{what}, outside the blocks: it stays in the model's precision"))
+    return skips
+
+
+def _quantized(x: fx.Node, form: str) -> fx.Node:
+    """Returns x̂, of the quantizer right behind x that all its linears share."""
+    for user in x.users:
+        if user.target is ops.quantize and user.args[1] == form:
+            (hat,) = {hat for part in user.users for hat in part.users if hat.target is ops.dequantize}
+            return hat
+    graph = x.graph
+    after = x if x.op != "placeholder" else placeholders(graph)[-1]
+    with graph.inserting_before(after.next):
+        codes = add_call(graph, ops.quantize, (x, form))
+        parts = getitems(codes)
+        return add_call(graph, ops.dequantize, (parts, form, x.meta["val"].dtype))
+
+
+def _parts(weight: fx.Node, form: str) -> list[fx.Node]:
+    """Returns the parts of a weight, quantized once in the main graph however many blocks use it."""
+    for user in weight.users:
+        if user.target is ops.quantize and user.args[1] == form:
+            return getitems(user)
+    with weight.graph.inserting_before(placeholders(weight.graph)[-1].next):
+        return getitems(add_call(weight.graph, ops.quantize, (weight, form)))
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args

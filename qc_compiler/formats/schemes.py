@@ -1,0 +1,24 @@
+"""How a linear is quantized: a format for its weight, one for its activations."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """
+    Attributes:
+        weight: Format of the weight (N, K), quantized once.
+        activation: Format of the activations (…, K), quantized at every call.
+    """
+
+    weight: str
+    activation: str
+
+
+SCHEMES = {
+    "w8a8": Scheme("int8", "uint8"),
+    "w4a8": Scheme("int4/128", "uint8"),
+    "w4a6": Scheme("int4/128", "uint6"),
+    "fp8": Scheme("fp8", "fp8"),
+    "nvfp4": Scheme("nvfp4", "nvfp4"),
+}

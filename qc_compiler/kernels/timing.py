@@ -1,0 +1,110 @@
+"""Which kernel is faster for a shape: measured once on a device, kept in the user's cache directory."""
+
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..formats import parse_format
+from ..formats.schemes import Scheme
+from .base import LinearKernel
+
+MAX_ROWS = 4096  # time grows linearly beyond
+REPEATS = 5
+
+_lock = threading.Lock()
+
+
+def why_slower(
+    kernel: LinearKernel, scheme: Scheme, rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Returns why a kernel gains nothing over PyTorch's linear (rows, inner) × (outer, inner), or None if it does."""
+    plain, quantized = seconds(kernel, scheme, min(rows, MAX_ROWS), inner, outer, dtype, device)
+    if quantized < plain:
+        return None
+    return (
+        f"{kernel.name} is slower here: {quantized * 1e3:.2f} ms with its quantizer against {plain * 1e3:.2f} ms for "
+        f"{rows} × {inner} × {outer} in {str(dtype).removeprefix('torch.')}"
+    )
+
+
+def seconds(
+    kernel: LinearKernel, scheme: Scheme, rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, float]:
+    """Returns the time of PyTorch's linear and of the kernel with its quantizer, as far as that is not fused away."""
+    key = "|".join(
+        (torch.__version__, _device_name(device), kernel.name, scheme.activation, str(dtype), f"{rows}x{inner}x{outer}")
+    )
+    with _lock:
+        known = _read()
+        if key not in known:
+            known[key] = _measure(kernel, scheme, rows, inner, outer, dtype, device)
+            _write(known)
+        plain, quantized = known[key]
+        return plain, quantized
+
+
+def _measure(
+    kernel: LinearKernel, scheme: Scheme, rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device
+) -> list[float]:
+    x = torch.randn(rows, inner, dtype=dtype, device=device)
+    w = torch.randn(outer, inner, dtype=dtype, device=device)
+    parts = parse_format(scheme.activation).quantize(x)
+    weight = kernel.prepare(parse_format(scheme.weight).quantize(w), scheme.weight)
+    product = kernel.multiply(parts, weight)
+    # Fused, quantizer and epilogue read and write their tensor about once more.
+    overhead = _median(lambda: torch.aminmax(x), device) + _median(lambda: x * 2, device)
+    overhead += _median(lambda: product * 2, device)
+    plain = _median(lambda: torch.nn.functional.linear(x, w), device)
+    return [plain, _median(lambda: kernel.multiply(parts, weight), device) + overhead]
+
+
+def _median(run: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads"
+
+
+def _path() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "quantcache", "kernels.json")
+
+
+def _read() -> dict[str, list[float]]:
+    try:
+        known = json.loads(_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    valid = isinstance(known, dict) and all(isinstance(v, list) and len(v) == 2 for v in known.values())
+    return known if valid else {}
+
+
+def _write(known: dict[str, list[float]]) -> None:
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(path)
+    except OSError:
+        pass  # a cache that cannot be written is measured again

@@ -1,0 +1,69 @@
+"""Weights as the kernels want them: made once for every version of the model's own, never stale."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+SAMPLES = 64  # elements of each weight that are compared at every call
+
+
+class PreparedWeights:
+    """What `PrepareWeights` moved out of a graph, and its results for the weights as they are now.
+
+    A changed weight is noticed by its storage, by its version, and by a sample of its elements: `weight.data += delta`,
+    as adapters are merged, changes neither storage nor version.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._graph, self._sources = graph, tuple(graph.meta["sources"])
+        self._lock = threading.Lock()
+        self._version: Any = None
+        self._samples: list[tuple[list[Tensor], Tensor]] = []  # views of some bytes, and what they held
+        self._values: list[Tensor] = []
+        self.count = 0  # how often the weights were prepared
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """Returns the prepared weights for the graph's inputs."""
+        weights = [inputs[i] for i in self._sources]
+        version = version_of(weights)
+        with self._lock:
+            if version == self._version and all(torch.equal(torch.cat(now), then) for now, then in self._samples):
+                return self._values
+            self._version, self._samples = version, _samples(weights)
+            with torch.no_grad():
+                self._values = list(self._graph(*weights))
+            self.count += 1
+            return self._values
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self._values)
+
+
+class PreparedGraph:
+    """A compiled graph that is given its prepared weights behind the model's own inputs."""
+
+    def __init__(self, compiled: Callable[..., Any], weights: PreparedWeights, num_inputs: int) -> None:
+        self._compiled, self.weights, self._num_inputs = compiled, weights, num_inputs
+
+    def __call__(self, *args: Any) -> Any:
+        inputs = args[: self._num_inputs]
+        return self._compiled(*inputs, *self.weights(inputs), *args[self._num_inputs :])
+
+
+def version_of(tensors: Sequence[Tensor]) -> int:
+    """Returns a number that changes when one of the tensors is replaced or written to."""
+    return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+
+
+def _samples(weights: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    """Returns views of the bytes of some elements, spread over each whole weight, and what they hold now."""
+    views: dict[int, list[Tensor]] = {}
+    for weight in weights:
+        count = min(SAMPLES, weight.numel())
+        spread = weight.detach().as_strided((count, 1), (weight.numel() // count, 1))
+        views.setdefault(weight.element_size(), []).append(spread.view(torch.uint8))
+    return [(group, torch.cat(group)) for group in views.values()]

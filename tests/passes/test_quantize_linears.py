@@ -1,0 +1,211 @@
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from capture import apply, capture, skips
+from passes import QuantizeLinears
+from qc_compiler.formats import parse_format
+from qc_compiler.formats.schemes import SCHEMES, Scheme
+from qc_compiler.graph import body_calls, body_of
+from qc_compiler.ops import dequantize, quantize
+from qc_compiler.show import show
+from small_blocks import Mix, Modulated, Stack
+from tiny_models import tiny_dit
+
+W8A8 = QuantizeLinears(SCHEMES["w8a8"], emulate=True)
+X = torch.arange(192.0).reshape(1, 2, 3, 32) / 192
+
+
+def count(gm, target):
+    return sum(n.target is target for n in gm.graph.nodes)
+
+
+# 1. golden
+
+
+def test_golden():
+    gm = capture(Stack(Modulated(32)), X).shared()
+    assert "quantize" not in show(gm)
+    report = apply(W8A8, gm)
+    assert (report.changed, report.skipped) == (1, ())
+    weight = "L_self_modules_blocks_modules_0_modules_query_parameters_weight_"
+    assert (
+        show(gm)
+        == f"""\
+graph(%L_x_: f32[1, 2, 3, 32], %{weight}: f32[32, 32]):
+  %quantize_default = quantcache.quantize(%{weight}, int8) : (i8[32, 32], f32[32, 1])
+  %getitem_2 = getitem(%quantize_default, 0) : i8[32, 32]
+  %getitem_1 = getitem(%quantize_default, 1) : f32[32, 1]
+  %body_0 = get body_0
+  %invoke_subgraph = invoke_subgraph(%body_0, body_0, %L_x_, %getitem_2, %getitem_1) : (f32[1, 2, 3, 32])
+  %getitem = getitem(%invoke_subgraph, 0) : f32[1, 2, 3, 32]
+  return (%getitem)
+body body_0(%l_x_: f32[1, 2, 3, 32], %getitem_3: i8[32, 32], %getitem_4: f32[32, 1]):
+  %layer_norm = aten.layer_norm(%l_x_, (32)) : f32[1, 2, 3, 32]
+  %mul = aten.mul(%layer_norm, 2) : f32[1, 2, 3, 32]
+  %quantize_default = quantcache.quantize(%mul, uint8) : (u8[1, 2, 3, 32], f32[1, 2, 3, 1], f32[1, 2, 3, 1])
+  %getitem_2 = getitem(%quantize_default, 0) : u8[1, 2, 3, 32]
+  %getitem_1 = getitem(%quantize_default, 1) : f32[1, 2, 3, 1]
+  %getitem = getitem(%quantize_default, 2) : f32[1, 2, 3, 1]
+  %dequantize_default = quantcache.dequantize((%getitem_2, %getitem_1, %getitem), uint8, torch.float32) : f32[1, 2, 3, 32]
+  %dequantize_default_1 = quantcache.dequantize((%getitem_3, %getitem_4), int8, torch.float32) : f32[32, 32]
+  %linear = aten.linear(%dequantize_default, %dequantize_default_1) : f32[1, 2, 3, 32]
+  %scaled_dot_product_attention = aten.scaled_dot_product_attention(%linear, %l_x_, %l_x_) : f32[1, 2, 3, 32]
+  %add = aten.add(%l_x_, %scaled_dot_product_attention) : f32[1, 2, 3, 32]
+  return (%add)"""
+    )
+
+
+# 2. skips
+
+
+class Attends(nn.Module):
+    """y = x + attention(f(x)), for any f of a weight."""
+
+    def __init__(self, function, *size):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(*size)), function
+
+    def forward(self, x):
+        h = self.function(F.layer_norm(x, x.shape[-1:]), self.weight)
+        return x + F.scaled_dot_product_attention(h, x, x)
+
+
+def pooled(x, w):
+    return x + F.linear(x.mean(dim=-2, keepdim=True), w)
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "reason"),
+    [
+        (lambda x, w: F.linear(x, w * 2), (32, 32), "its weight is computed, not a parameter"),
+        (lambda x, w: F.linear(F.linear(x, w), w), (32, 32), "its weight has another use"),
+        (pooled, (32, 32), "it sees one row a sample (modulation): there is little to gain and much to lose"),
+        (lambda x, w: x + F.linear(F.linear(x, w), w.T.contiguous()), (16, 32), "its weight has another use"),
+    ],
+)
+def test_skips(function, size, reason):
+    gm = capture(Stack(Attends(function, *size)), X).shared()
+    before = show(gm)
+    report = apply(W8A8, gm)
+    assert report.changed == 0
+    assert ("blocks.0", reason) in skips(report)
+    assert show(gm) == before
+
+
+def test_what_is_narrow_is_left_alone():
+    gm = capture(Stack(Modulated(8)), X[..., :8]).shared()
+    report = apply(W8A8, gm)
+    assert (report.changed, skips(report)) == (0, [("blocks.0.query", "it is only 8 wide")])
+
+
+def test_a_scheme_without_kernel_is_left_alone_unless_emulated():
+    gm = capture(Stack(Modulated(32)), X).shared()
+    report = apply(QuantizeLinears(SCHEMES["fp8"]), gm)
+    ((where, reason),) = skips(report)
+    assert where == "blocks.0.query"
+    assert reason.startswith("no kernel multiplies fp8 with fp8 on cpu: option emulate=True")
+    assert apply(QuantizeLinears(SCHEMES["fp8"], emulate=True), gm).changed == 1
+
+
+def test_a_slower_kernel_is_left_alone(monkeypatch):
+    monkeypatch.setattr("qc_compiler.kernels.timing.seconds", lambda *_: (1e-3, 2e-3))
+    gm = capture(Stack(Modulated(32)), X).shared()
+    ((_, reason),) = skips(apply(QuantizeLinears(SCHEMES["w8a8"]), gm))
+    assert reason == "oneDNN int8 is slower here: 2.00 ms with its quantizer against 1.00 ms for 6 × 32 × 32 in float32"
+
+
+def test_what_stands_outside_the_blocks_is_named():
+    report = apply(W8A8, capture(tiny_dit(2), torch.randn(2, 16, 8), torch.ones(2)).shared())
+    assert skips(report)[:3] == [
+        ("time", "timestep embedding or modulation, outside the blocks: it stays in the model's precision"),
+        ("embed", "embedding, outside the blocks: it stays in the model's precision"),
+        ("head", "final layer, outside the blocks: it stays in the model's precision"),
+    ]
+
+
+# 3. edges
+
+
+class Projections(nn.Module):
+    def __init__(self, same):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.same = same
+
+    def forward(self, x):
+        h = F.layer_norm(x, x.shape[-1:])
+        return x + F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h if self.same else x))
+
+
+@pytest.mark.parametrize(("same", "quantizers"), [(True, 1), (False, 2)])
+def test_linears_that_read_the_same_share_its_quantizer(same, quantizers):
+    gm = capture(Stack(Projections(same), Projections(same)), X).shared()
+    assert apply(W8A8, gm).changed == 6
+    body = body_of(gm, body_calls(gm)[0])
+    assert count(body, quantize) == quantizers
+    assert count(body, dequantize) == quantizers + 3
+
+
+def test_a_model_without_blocks_is_left_alone():
+    gm = capture(nn.Linear(32, 32).requires_grad_(False), X).shared()
+    assert apply(W8A8, gm).changed == 0
+
+
+def test_dynamic_sizes():
+    gm = capture(Stack(Modulated(32), Mix()), X, dynamic=True).shared()
+    assert apply(W8A8, gm).changed == 1
+
+
+# 4. equivalence, 6. properties
+
+
+SCHEME_CASES = [*SCHEMES.values(), Scheme("int8", "int8"), Scheme("int4/64", "uint4/64")]
+
+
+@functools.cache
+def case(scheme, dtype):
+    """Returns a model, the graph after the pass, and its inputs."""
+    torch._dynamo.reset()
+    model = Stack(Modulated(32)).to(dtype)
+    captured = capture(model, X.to(dtype))
+    gm = captured.shared()
+    apply(QuantizeLinears(scheme, emulate=True), gm)
+    return model, gm, captured.inputs
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(SCHEME_CASES),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 1e-3, 1.0, 100.0]),
+)
+def test_the_graph_computes_what_the_formats_say(scheme, dtype, seed, outlier):
+    x = torch.randn(X.shape, generator=torch.Generator().manual_seed(seed))
+    x[0, 1, 2, 3] = outlier
+    x = x.to(dtype)
+    model, gm, inputs = case(scheme, dtype)
+    with torch.no_grad():
+        (found,) = gm(x, *inputs[1:])
+        h = parse_format(scheme.activation).round_trip(F.layer_norm(x, (32,)) * 2)
+        w = parse_format(scheme.weight).round_trip(model.blocks[0].query.weight)
+        expected = x + F.scaled_dot_product_attention(F.linear(h, w), x, x)
+    assert torch.equal(found, expected)
+
+
+# 5. idempotence
+
+
+def test_idempotence():
+    gm = capture(tiny_dit(2), torch.randn(2, 16, 8), torch.ones(2)).shared()
+    assert apply(W8A8, gm).changed == 8
+    before = show(gm)
+    again = apply(W8A8, gm)
+    assert again.changed == 0
+    assert show(gm) == before
