@@ -1,10 +1,11 @@
 """The passes, and THE ORDER."""
 
 from qc_compiler.formats import parse_format
-from qc_compiler.formats.schemes import SCHEMES
+from qc_compiler.formats.schemes import schemes_of
 from qc_compiler.graph import GraphPass
 from qc_compiler.options import Options
 
+from .branch_choices import BranchChoices
 from .guard_regions import GuardRegions
 from .lower_linears import LowerLinears
 from .normalize import Normalize
@@ -14,6 +15,7 @@ from .quantize_linears import QuantizeLinears
 from .share_bodies import ShareBodies
 
 __all__ = [
+    "BranchChoices",
     "GuardRegions",
     "LowerLinears",
     "Normalize",
@@ -37,12 +39,14 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
         # Before the guards, while the first block's own nodes can still be read; only where a rule asks for it.
         *((ProbeFirstBlock(),) if options.has_probe else ()),
         # The semantics first, then this device's kernels for them; both while a body is still one plain graph.
-        *((QuantizeLinears(SCHEMES[options.quantize], options.emulate),) if options.quantize else ()),
+        *((QuantizeLinears(schemes_of(options.quantize), options.emulate),) if options.quantize else ()),
         # A packed model brings its quantizers along, so these two always run.
         LowerLinears(options.emulate),
         PrepareWeights(),
-        # Last: what a region contains must not change any more when its branches are built.
+        # What a region contains must not change any more when its branches are built.
         *((_guards(options, num_frames),) if options.caches else ()),
+        # Last: until here a choice of precision is one plain node.
+        BranchChoices(),
     )
 
 

@@ -230,7 +230,12 @@ class _Wiring:
 
     def __init__(self, gm: fx.GraphModule, depth: int) -> None:
         self.gm, self.graph = gm, gm.graph
-        self.interface = Interface(depth=depth, num_outputs=len(outputs(gm.graph)))
+        self.interface = Interface(
+            depth=depth,
+            num_outputs=len(outputs(gm.graph)),
+            sites=gm.meta.get("sites", []),
+            num_choices=gm.meta.get("num_choices", 1),
+        )
         self._rows: list[fx.Node] = []
         self._values: list[fx.Node] = []
         formals = placeholders(self.graph)

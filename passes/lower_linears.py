@@ -70,11 +70,14 @@ class LowerLinears(GraphPass):
         for name in dict.fromkeys(str(call.args[1]) for call in body_calls(gm)):
             calls = [call for call in body_calls(gm) if call.args[1] == name]
             body = body_of(gm, calls[0])
+            decoded: dict[tuple[int, ...], fx.Node] = {}
             for match in find_quantized_linears(body):
                 if kernel := self._kernel(match):
                     _lower(gm, name, body, match, kernel)
                 elif not any(is_parameter(call.args[2 + i]) for call in calls for i in match.at):  # type: ignore[arg-type]
-                    _decode_outside(gm, name, match)
+                    if match.at not in decoded:
+                        decoded[match.at] = _decode_outside(gm, name, match)
+                    match.node.replace_input_with(match.weight, decoded[match.at])
             eliminate_dead_code(body.graph)
             changed += _write_out(body)
             eliminate_dead_code(body.graph)
@@ -117,8 +120,8 @@ def _lower(gm: fx.GraphModule, name: str, body: fx.GraphModule, match: Quantized
     body.graph.erase_node(match.node)
 
 
-def _decode_outside(gm: fx.GraphModule, name: str, match: QuantizedLinear) -> None:
-    """Moves the dequantizer of a weight that is quantized in the main graph there, too."""
+def _decode_outside(gm: fx.GraphModule, name: str, match: QuantizedLinear) -> fx.Node:
+    """Dequantizes a weight in the main graph, where it is quantized; returns the body's operand for it."""
 
     def decoded(call: fx.Node) -> list[fx.Node]:
         with gm.graph.inserting_before(call):
@@ -126,7 +129,7 @@ def _decode_outside(gm: fx.GraphModule, name: str, match: QuantizedLinear) -> No
             return [add_call(gm.graph, ops.dequantize, (parts, *_args(match.weight)[1:]))]
 
     (outside,) = add_operands(gm, name, decoded)
-    match.node.replace_input_with(match.weight, outside)
+    return outside
 
 
 def _write_out(body: fx.GraphModule) -> int:

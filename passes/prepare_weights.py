@@ -19,7 +19,6 @@ class PrepareWeights(GraphPass):
     """`gm.meta["prepare"]` is the part that was moved; its meta names the inputs of the graph that it takes."""
 
     def run(self, gm: fx.GraphModule) -> Report:
-        eliminate_dead_code(gm.graph)
         marked = [node for node in gm.graph.nodes if node.meta.get("prepared") and node.op == "call_function"]
         cones = {node: _cone(node) for node in marked}
         constant = [node for node in marked if all(map(is_parameter, _leaves(cones[node])))]
@@ -31,6 +30,8 @@ class PrepareWeights(GraphPass):
         formals = placeholders(gm.graph)
         sources = [node for node in formals if any(user in inside for user in node.users)]
         prepare = outline(nodes, sources, results)
+        eliminate_dead_code(prepare.graph)
+        prepare.recompile()
         prepare.meta["sources"] = [formals.index(node) for node in sources]
         gm.meta["prepare"] = prepare
         last = formals[-1]
@@ -39,7 +40,8 @@ class PrepareWeights(GraphPass):
                 last = gm.graph.placeholder(f"prepared_{i}")
             last.meta["val"] = result.meta["val"]
             result.replace_all_uses_with(last)
-        eliminate_dead_code(gm.graph)
+        for node in reversed(nodes):
+            gm.graph.erase_node(node)
         return Report(changed=len(results))
 
 

@@ -3,6 +3,8 @@
     before:  y = linear(x, w, b)                                                       in a body that blocks share
     after:   y = linear(dequantize(quantize(x)), dequantize(codes, scales), b)         in the body
              codes, scales = quantize(w)                                               in the main graph, for each block
+    with several schemes:
+             y = choose(linear of the first, linear of the second, flag)      flag: an element of the input `precision`
 
 Linears that read the same x share its quantizer, which stands right behind what produces x. Error: that of the two
 formats (`qc_compiler.formats`).
@@ -20,16 +22,19 @@ from qc_compiler.formats.schemes import Scheme
 from qc_compiler.graph import (
     GraphPass,
     Report,
+    SiteSpec,
     Skip,
     add_call,
     add_operands,
     body_calls,
     body_of,
     drop_unused_parameters,
+    fake_mode_of,
     getitems,
     is_parameter,
     module_path,
     placeholders,
+    values_of,
 )
 from qc_compiler.kernels import find_kernel
 from qc_compiler.kernels.timing import why_slower
@@ -59,12 +64,12 @@ class LinearSite:
 class QuantizeLinears(GraphPass):
     """
     Attributes:
-        scheme: Formats of weights and activations.
+        schemes: Formats of weights and activations; of several, lowest precision first, one is chosen at every step.
         emulate: Quantize also where this device has no kernel, or a slower one: the reference semantics in plain
             torch, for measuring quality.
     """
 
-    scheme: Scheme
+    schemes: tuple[Scheme, ...]
     emulate: bool = False
 
     def run(self, gm: fx.GraphModule) -> Report:
@@ -72,45 +77,111 @@ class QuantizeLinears(GraphPass):
         if not calls:
             return Report(changed=0)
         skips = [] if gm.meta.get("quantized") else _skips_outside(gm, calls)
+        rows = _PrecisionRows(gm, len(self.schemes))
         changed = 0
         for name in dict.fromkeys(str(call.args[1]) for call in calls):
             users = [call for call in calls if call.args[1] == name]
-            body = body_of(gm, users[0])
-            sites, found = find_linears(body)
+            sites, found = find_linears(body_of(gm, users[0]))
             skips += found
             for site in sites:
                 if reason := self._why_not(site):
                     skips.append(Skip(site.name, reason))
                 else:
                     changed += len(users)
-                    self._rewrite(gm, name, site)
+                    self._rewrite(gm, name, site, rows)
+        rows.finish()
         drop_unused_parameters(gm)
         gm.meta["quantized"] = True
         return Report(changed, tuple(skips))
 
     def _why_not(self, site: LinearSite) -> str | None:
-        if self.emulate:
-            return None
         x, w = site.x.meta["val"], site.weight.meta["val"]
-        kernel = find_kernel(self.scheme, w.device)
-        if kernel is None:
-            return (
-                f"no kernel multiplies {self.scheme.activation} with {self.scheme.weight} on {w.device.type}: "
-                "option emulate=True computes it in plain torch"
-            )
-        rows = hint(x.numel()) // w.shape[1]
-        return why_slower(kernel, self.scheme, rows, w.shape[1], w.shape[0], w.dtype, w.device)
+        for scheme in () if self.emulate else self.schemes:
+            kernel = find_kernel(scheme, w.device)
+            if kernel is None:
+                return (
+                    f"no kernel multiplies {scheme.activation} with {scheme.weight} on {w.device.type}: "
+                    "option emulate=True computes it in plain torch"
+                )
+            rows = hint(x.numel()) // w.shape[1]
+            if slower := why_slower(kernel, scheme, rows, w.shape[1], w.shape[0], w.dtype, w.device):
+                return slower
+        return None
 
-    def _rewrite(self, gm: fx.GraphModule, body: str, site: LinearSite) -> None:
-        kernel = None if self.emulate else find_kernel(self.scheme, site.weight.meta["val"].device)
-        scheme = kernel.narrowed(self.scheme) if kernel else self.scheme
-        graph, dtype = site.node.graph, site.x.meta["val"].dtype
-        x_hat = _quantized(site.x, scheme.activation)
+    def _rewrite(self, gm: fx.GraphModule, body: str, site: LinearSite, rows: "_PrecisionRows") -> None:
+        graph, dtype, device = site.node.graph, site.x.meta["val"].dtype, site.weight.meta["val"].device
         at = 2 + placeholders(graph).index(site.weight)
-        formals = add_operands(gm, body, lambda call: _parts(_args(call)[at], scheme.weight))
-        with graph.inserting_before(site.node):
-            w_hat = add_call(graph, ops.dequantize, (formals, scheme.weight, dtype))
-        site.node.args = (x_hat, w_hat, *site.node.args[2:])
+        held: dict[str, list[fx.Node]] = {}
+        results = []
+        for wanted in self.schemes:
+            kernel = None if self.emulate else find_kernel(wanted, device)
+            scheme = kernel.narrowed(wanted) if kernel else wanted
+            x_hat = _quantized(site.x, scheme.activation)
+            if scheme.weight not in held:
+                parts = add_operands(gm, body, lambda call: _parts(_args(call)[at], scheme.weight))  # noqa: B023
+                held[scheme.weight] = parts
+            with graph.inserting_before(site.node):
+                w_hat = add_call(graph, ops.dequantize, (held[scheme.weight], scheme.weight, dtype))
+                results.append(add_call(graph, aten.linear.default, (x_hat, w_hat, *site.node.args[2:])))
+                results[-1].meta["nn_module_stack"] = site.node.meta.get("nn_module_stack")
+        best = results.pop()
+        for flag in reversed(rows.flags(body, site)):
+            with graph.inserting_before(site.node):
+                best = add_call(graph, ops.choose, (results.pop(), best, flag))
+        site.node.replace_all_uses_with(best)
+        graph.erase_node(site.node)
+
+
+class _PrecisionRows:
+    """Adds the input `precision` to the main graph, and of each of its rows the flags to a body."""
+
+    def __init__(self, gm: fx.GraphModule, num_choices: int) -> None:
+        self._gm, self._num_choices = gm, num_choices
+        self._sites: list[SiteSpec] = []
+        self._known: dict[fx.Node, list[fx.Node]] = {}
+        self._mode = fake_mode_of(values_of(placeholders(gm.graph)))
+        self._precision: fx.Node | None = None
+        if num_choices > 1:
+            with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
+                self._precision = gm.graph.placeholder("precision")
+
+    def flags(self, body: str, site: LinearSite) -> list[fx.Node]:
+        """Returns the flags, one less than there are choices, that all linears of one x share."""
+        if self._precision is None:
+            return []
+        if site.x not in self._known:
+            self._known[site.x] = add_operands(self._gm, body, lambda call: self._row(call, site.name), prepared=False)
+        return self._known[site.x]
+
+    def _row(self, call: fx.Node, name: str) -> list[fx.Node]:
+        select, graph = aten.select.int, self._gm.graph
+        block = str(call.meta["block"])
+        with graph.inserting_before(call), self._mode:
+            row = graph.call_function(select, (self._precision, 0, len(self._sites)))
+            row.meta["val"] = torch.empty(self._num_choices - 1, dtype=torch.bool)
+            flags = [graph.call_function(select, (row, 0, j)) for j in range(self._num_choices - 1)]
+            for flag in flags:
+                flag.meta["val"] = torch.empty((), dtype=torch.bool)
+        self._sites.append(SiteSpec(f"{block}.{name.removeprefix(_prefix(name, block))}", block))
+        return flags
+
+    def finish(self) -> None:
+        """Completes the input, or takes it back where nothing has a choice."""
+        if self._precision is not None and not self._sites:
+            self._gm.graph.erase_node(self._precision)
+        elif self._precision is not None:
+            with self._mode:
+                self._precision.meta["val"] = torch.empty(len(self._sites), self._num_choices - 1, dtype=torch.bool)
+            self._gm.meta["sites"], self._gm.meta["num_choices"] = self._sites, self._num_choices
+
+
+def _prefix(name: str, block: str) -> str:
+    """Returns what a name in the first block of a body begins with: as many parts as the block's own name has.
+
+    >>> _prefix("blocks.0.mlp.fc1", "blocks.7")
+    'blocks.0.'
+    """
+    return ".".join(name.split(".")[: block.count(".") + 1]) + "."
 
 
 def find_linears(body: fx.GraphModule) -> tuple[list[LinearSite], list[Skip]]:
@@ -118,7 +189,7 @@ def find_linears(body: fx.GraphModule) -> tuple[list[LinearSite], list[Skip]]:
     sites, skips = [], []
     for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight = _args(node)[:2]
-        if x.target is ops.dequantize or weight.target is ops.dequantize:
+        if weight.target is ops.dequantize:
             continue
         site = LinearSite(node, x, weight, module_path(node))
         if reason := _unsuited(site):

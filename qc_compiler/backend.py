@@ -86,7 +86,8 @@ def quantcache(
     ):
         compiled = compile_guarded(rewritten, config_patches=inductor)
     if "prepare" in rewritten.meta:
-        compiled = PreparedGraph(compiled, _prepared_weights(rewritten, example_inputs, runtime), len(example_inputs))
+        weights = _prepared_weights(rewritten, example_inputs, runtime)
+        compiled = PreparedGraph(compiled, weights, len(example_inputs), "sites" in rewritten.meta)
     if graph is None:
         return compiled
     graph.compiled = compiled

@@ -91,16 +91,32 @@ class RegionSpec:
     flops: float
 
 
+@dataclass(frozen=True)
+class SiteSpec:
+    """One row of `precision`: linears that read the same activations.
+
+    Attributes:
+        name: Module path of the first of them.
+        block: Name of their block.
+    """
+
+    name: str
+    block: str
+
+
 @dataclass
 class Interface:
     """What the passes added to the inputs and outputs of the graph: all that the runtime must know.
 
-    Inputs: the model's, then `decisions` (bool, CPU, one element a region), `weights` (float32, region × depth),
+    Inputs: the model's, then `precision` (bool, CPU, site × choice) if linears have several precisions, prepared
+    weights, `decisions` (bool, CPU, one element a region), `weights` (float32, region × depth),
     then for each slot `depth` values. Outputs: the model's, then the sums of each region, then each slot's new value.
     """
 
     regions: list[RegionSpec] = field(default_factory=list)
     slots: list[SlotSpec] = field(default_factory=list)
+    sites: list[SiteSpec] = field(default_factory=list)
+    num_choices: int = 1
     depth: int = 1
     num_outputs: int = 0
     glue_flops: float = 0.0
@@ -232,24 +248,33 @@ def inline(
     return [copies[node] for node in outputs(part.graph)]
 
 
-def add_operands(gm: fx.GraphModule, name: str, make: Callable[[fx.Node], Sequence[fx.Node]]) -> list[fx.Node]:
-    """Gives the body `name` more operands made of its weights: `make(call)` at each of its calls.
+def add_operands(
+    gm: fx.GraphModule, name: str, make: Callable[[fx.Node], Sequence[fx.Node]], prepared: bool = True
+) -> list[fx.Node]:
+    """Gives the body `name` more operands, `make(call)` at each of its calls.
+
+    Args:
+        gm: The main graph.
+        name: Of the body.
+        make: Returns nodes of the main graph.
+        prepared: Whether they are made of weights alone, and so for `PrepareWeights` to move.
 
     Returns:
-        The operands inside the body. Those in the main graph are marked for `PrepareWeights`.
+        The operands inside the body.
     """
     calls = [call for call in body_calls(gm) if call.args[1] == name]
     given = [make(call) for call in calls]
     for call, nodes in zip(calls, given):
         call.args = (*call.args, *nodes)
         for node in nodes:
-            node.meta["prepared"] = True
+            node.meta["prepared"] = prepared
     graph = body_of(gm, calls[0]).graph
     added = []
     for node in given[0]:
         with graph.inserting_after(placeholders(graph)[-1]):
             added.append(graph.placeholder(node.name))
-        added[-1].meta |= {"val": node.meta["val"], "parameter": True}
+        added[-1].target = added[-1].name  # a target that is another node's name would shadow it in the generated code
+        added[-1].meta |= {"val": node.meta["val"], "parameter": prepared}
     return added
 
 

@@ -1,7 +1,7 @@
-"""Our operators: what quantization means in a graph, and the kernels that a lowered graph calls.
+"""Our operators: what quantization means in a graph.
 
-`quantize` and `dequantize` are the semantics: run as they stand they give the reference result. They never reach
-Inductor; `LowerLinears` turns them into kernels, or into the plain torch of their format.
+Run as they stand they give the reference result. They never reach Inductor: `LowerLinears` turns `quantize` and
+`dequantize` into kernels or the plain torch of their format, `BranchChoices` turns `choose` into control flow.
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,17 @@ def decode(parts: Sequence[Tensor], form: str, dtype: torch.dtype, size: int | N
     return values.dequantize(codes if size is None else values.unpack(codes, size), *scales).to(dtype)
 
 
+@torch.library.custom_op("quantcache::choose", mutates_args=())
+def _choose(low: Tensor, high: Tensor, flag: Tensor) -> Tensor:
+    """Returns a copy of `high` where the CPU boolean `flag` () is set, else of `low`."""
+    return (high if flag else low).clone(memory_format=torch.contiguous_format)
+
+
+@_choose.register_fake
+def _(low: Tensor, high: Tensor, flag: Tensor) -> Tensor:
+    return low.clone(memory_format=torch.contiguous_format)
+
+
 @_quantize.register_fake
 def _(x: Tensor, form: str) -> list[Tensor]:
     return list(parse_format(form).quantize(x))
@@ -43,3 +54,4 @@ def _(parts: list[Tensor], form: str, dtype: torch.dtype, size: int | None = Non
 
 quantize = torch.ops.quantcache.quantize.default
 dequantize = torch.ops.quantcache.dequantize.default
+choose = torch.ops.quantcache.choose.default

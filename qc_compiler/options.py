@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError, nearest
-from .formats.schemes import SCHEMES
+from .formats.schemes import CHOICES, SCHEMES
 from .plan import Plan
 
 LEVELS = ("output", "network", "group", "block", "sublayer")
@@ -40,8 +40,9 @@ class Options:
         polynomial, ratios: What `fit_rule` found for `teacache` and `magcache`; None takes the rule's default.
         num_steps: Steps of a trajectory, if known. Needed where no timestep input is found.
         plan: A `Plan` or the path of one; decides instead of `cache`.
-        quantize: How the linears of the blocks are quantized: `w8a8`, `w4a8`, `w4a6`, `fp8`, `nvfp4`; None not at all.
-            Where this device has no faster kernel they stay as they are.
+        quantize: How the linears of the blocks are quantized: `w8a8`, `w4a8`, `w4a6`, `fp8`, `nvfp4`, or `dmpq`, which
+            chooses at every step; None not at all. Where this device has no faster kernel they stay as they are.
+        precision_threshold: What `dmpq` compares its predicted error with; None takes the rule's default.
         emulate: Quantize there as well, in plain torch: slow, for measuring what a format does to quality.
         strict: Raise `UnsupportedModelError` where quantcache would run plain Inductor.
         timestep: Name of the timestep input, if it is not found by itself.
@@ -63,6 +64,7 @@ class Options:
     num_steps: int | None = None
     plan: Plan | None = None
     quantize: str | None = None
+    precision_threshold: float | None = None
     emulate: bool = False
     strict: bool = False
     timestep: str | None = None
@@ -73,6 +75,7 @@ class Options:
     # Changing one of these needs no new graph: only the controller reads them.
     STEERING = frozenset(
         {"cache", "interval", "threshold", "max_skip", "polynomial", "ratios", "num_steps", "process_group", "plan"}
+        | {"precision_threshold"}
     )
 
     @property
@@ -83,7 +86,12 @@ class Options:
     @property
     def caches(self) -> bool:
         """Whether anything is guarded."""
-        return self.cache != "off" or self.plan is not None
+        return self.cache != "off" or self.plan is not None or self.chooses_precision
+
+    @property
+    def chooses_precision(self) -> bool:
+        """Whether the linears have several precisions, of which a rule takes one at every step."""
+        return self.quantize in CHOICES
 
     @property
     def guards_output(self) -> bool:
@@ -124,6 +132,8 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     if explicit and given.get("cache") in ("tdc", "first_block", "magcache"):
         values["level"] = "block"
     values |= given
+    if given.get("quantize") in CHOICES and "level" not in given:  # its rule reads the statistics of blocks
+        values["level"] = "output+block" if str(values.get("level")).startswith("output") else "block"
     plan = values["plan"] = _read_plan(values.get("plan"))
     if plan is not None:
         values |= {"level": plan.level, "cache_order": plan.depth - 1}
@@ -159,10 +169,11 @@ def check(options: Options) -> Options:
     for name in ("max_skip", "num_steps", "num_frames"):
         if (value := getattr(options, name)) is not None:
             _at_least(name, value, 0 if name == "max_skip" else 1)
-    threshold = options.threshold
-    is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if threshold is not None and not (is_number and threshold >= 0):
-        raise OptionError(f"threshold={threshold!r}: expected a number of at least 0")
+    for name in ("threshold", "precision_threshold"):
+        value = getattr(options, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and value >= 0):
+            raise OptionError(f"{name}={value!r}: expected a number of at least 0")
     for name in ("polynomial", "ratios"):
         if (numbers := getattr(options, name)) is not None:
             _numbers(name, numbers)
@@ -170,7 +181,12 @@ def check(options: Options) -> Options:
         if not isinstance(getattr(options, name), bool):
             raise OptionError(f"{name}={getattr(options, name)!r}: expected True or False")
     if options.quantize is not None:
-        _one_of("quantize", options.quantize, SCHEMES)
+        _one_of("quantize", options.quantize, {**SCHEMES, **CHOICES})
+    if options.chooses_precision and options.graph_level not in ("block", "sublayer"):
+        raise OptionError(
+            f"quantize={options.quantize!r} decides by the statistics of blocks: level={options.level!r} must be "
+            "'block', 'sublayer' or 'output+block'"
+        )
     if options.timestep is not None and not isinstance(options.timestep, str):
         raise OptionError(f"timestep={options.timestep!r}: expected the name of an input")
     if options.cache == "first_block" and options.graph_level != "block":

@@ -44,14 +44,15 @@ class PreparedWeights:
 
 
 class PreparedGraph:
-    """A compiled graph that is given its prepared weights behind the model's own inputs."""
+    """A compiled graph that is given its prepared weights behind the model's own inputs and `precision`."""
 
-    def __init__(self, compiled: Callable[..., Any], weights: PreparedWeights, num_inputs: int) -> None:
-        self._compiled, self.weights, self._num_inputs = compiled, weights, num_inputs
+    def __init__(
+        self, compiled: Callable[..., Any], weights: PreparedWeights, num_inputs: int, has_precision: bool = False
+    ) -> None:
+        self._compiled, self.weights, self._at = compiled, weights, num_inputs + has_precision
 
     def __call__(self, *args: Any) -> Any:
-        inputs = args[: self._num_inputs]
-        return self._compiled(*inputs, *self.weights(inputs), *args[self._num_inputs :])
+        return self._compiled(*args[: self._at], *self.weights(args), *args[self._at :])
 
 
 def version_of(tensors: Sequence[Tensor]) -> int:

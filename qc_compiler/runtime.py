@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .controllers import Controller, History, Step, controller
+from .controllers import Controller, History, Step, controller, precision_rule
 from .errors import OptionError, PlanError
 from .extrapolation import polynomial_weights
 from .graph import Interface
@@ -230,6 +230,7 @@ class GuardedGraph:
         self.clock, self.latent, self.parameters, self.symbols = clock, latent, tuple(parameters), symbols
         self.names = tuple(region.name for region in interface.regions)
         self.output_region = self.names.index("output") if "output" in self.names else None
+        self._speaking = [self._speaks_for(site.block) for site in interface.sites]
         self._groups = np.array([region.group for region in interface.regions])
         self._blanks: dict[Any, Tensor] = {}
         self._layouts: dict[tuple[int, ...], Any] = {}
@@ -253,7 +254,8 @@ class GuardedGraph:
             inside, rows = 0.0, list[Tensor]()
             fresh: list[list[Tensor]] = []
         else:
-            results, rows, fresh, inside = self._run(inputs, state, compute, weights)
+            precision = self._precision(state, position)
+            results, rows, fresh, inside = self._run(inputs, state, compute, weights, precision)
         self._commit(key, position, state, timestep, coordinate, compute, rows, fresh)
         state.sample, state.weights_version, state.layout = sample, version, layout
         runtime.host_ms.append((time.perf_counter() - start - inside) * 1e3)
@@ -356,6 +358,19 @@ class GuardedGraph:
             row[: len(known)] = polynomial_weights(known, coordinate)
         return compute, weights
 
+    def _precision(self, state: StreamState, position: Position) -> NDArray[np.int_] | None:
+        """Returns int (S,), which of its precisions each site takes; None where there is no choice."""
+        if not self.interface.sites:
+            return None
+        steps = [step.resolve() for step in state.steps]
+        history = History(steps, position.step, position.trajectory.num_steps, self.names) if steps else None
+        options = self.runtime.options
+        return _agree(precision_rule(options).decide(history, self._speaking), options.process_group)
+
+    def _speaks_for(self, block: str) -> int:
+        """Returns the region whose statistics speak for a block: the block itself, or its first sub-layer."""
+        return next(r for r, name in enumerate(self.names) if name == block or name.startswith(f"{block}/"))
+
     def _drop_bad_slots(self, state: StreamState) -> None:
         """Invariant 8: what NaN or Inf was seen in is not reused; the step is computed and the slots refilled."""
         if not state.steps:
@@ -377,6 +392,7 @@ class GuardedGraph:
         state: StreamState,
         compute: NDArray[np.bool_],
         weights: NDArray[np.float32],
+        precision: NDArray[np.int_] | None,
     ) -> tuple[Any, list[Tensor], list[list[Tensor]], float]:
         """Returns results, sums and new slot values of each region, and the seconds spent in the graph."""
         slots: list[Tensor] = []
@@ -386,8 +402,11 @@ class GuardedGraph:
                 slots += history[age][1] if age < len(history) else blank
         device = self.interface.slots[0].device
         steering = torch.from_numpy(weights).to(device, non_blocking=True)
+        chosen: list[Tensor] = []
+        if precision is not None:
+            chosen = [torch.from_numpy(precision[:, None] > np.arange(self.interface.num_choices - 1))]
         start = time.perf_counter()
-        produced = self.compiled(*inputs, torch.from_numpy(compute), steering, *slots)
+        produced = self.compiled(*inputs, *chosen, torch.from_numpy(compute), steering, *slots)
         inside = time.perf_counter() - start
         num_outputs, num_regions = self.interface.num_outputs, len(self.names)
         rows, values = produced[num_outputs : num_outputs + num_regions], list(produced[num_outputs + num_regions :])
@@ -495,14 +514,14 @@ def _tied(step: Step, groups: NDArray[np.int_]) -> Step:
     return Step(step.index, step.computed, rows)
 
 
-def _agree(compute: NDArray[np.bool_], group: Any) -> NDArray[np.bool_]:
-    """Invariant 9: a region is computed on all ranks of the group if one of them wants to compute it."""
+def _agree(wanted: NDArray[Any], group: Any) -> NDArray[Any]:
+    """Invariant 9: what one rank of the group wants computed, or in high precision, is so on all of them."""
     if not group:
-        return compute
+        return wanted
     import torch.distributed as dist
 
     ranks = None if group is True else group
     device = "cuda" if dist.get_backend(ranks) == "nccl" else "cpu"
-    votes = torch.from_numpy(compute.astype(np.int32)).to(device)
+    votes = torch.from_numpy(wanted.astype(np.int32)).to(device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=ranks)
-    return votes.cpu().numpy().astype(np.bool_)
+    return votes.cpu().numpy().astype(wanted.dtype)

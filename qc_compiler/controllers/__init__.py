@@ -2,6 +2,7 @@
 
 from ..options import Options
 from .base import Controller, History, Step
+from .dmpq import DMPQ
 from .first_block import FirstBlock
 from .hlc import HLC
 from .magcache import MagCache
@@ -10,6 +11,7 @@ from .tdc import TDC
 from .teacache import TeaCache
 
 __all__ = [
+    "DMPQ",
     "HLC",
     "TDC",
     "Controller",
@@ -20,6 +22,7 @@ __all__ = [
     "Step",
     "TeaCache",
     "controller",
+    "precision_rule",
 ]
 
 
@@ -42,3 +45,8 @@ def controller(options: Options) -> Controller:
             return MagCache(**given, ratios=options.ratios or ())  # type: ignore[arg-type]
         case _:
             return Static(1)
+
+
+def precision_rule(options: Options) -> DMPQ:
+    """Returns the rule that chooses the precision of linears."""
+    return DMPQ() if options.precision_threshold is None else DMPQ(options.precision_threshold)

@@ -22,3 +22,11 @@ SCHEMES = {
     "fp8": Scheme("fp8", "fp8"),
     "nvfp4": Scheme("nvfp4", "nvfp4"),
 }
+
+# Low precision first: which one a linear takes is decided at every step.
+CHOICES = {"dmpq": (Scheme("nvfp4", "nvfp4"), Scheme("nvfp4", "uint8"))}
+
+
+def schemes_of(name: str) -> tuple[Scheme, ...]:
+    """Returns the schemes that the option `quantize` chooses among, lowest precision first."""
+    return CHOICES.get(name) or (SCHEMES[name],)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("kernels_win")
 
 
 def quantized(captured, scheme, emulate=False):
-    return captured.after(Normalize(), ShareBodies(), QuantizeLinears(SCHEMES[scheme], emulate))
+    return captured.after(Normalize(), ShareBodies(), QuantizeLinears((SCHEMES[scheme],), emulate))
 
 
 def targets(gm):

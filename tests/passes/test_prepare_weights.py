@@ -14,7 +14,7 @@ X = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
 
 def lowered(captured, scheme="w8a8"):
     return captured.after(
-        Normalize(), ShareBodies(), QuantizeLinears(SCHEMES[scheme], emulate=True), LowerLinears(emulate=True)
+        Normalize(), ShareBodies(), QuantizeLinears((SCHEMES[scheme],), emulate=True), LowerLinears(emulate=True)
     )
 
 

@@ -17,7 +17,7 @@ from qc_compiler.show import show
 from small_blocks import Mix, Modulated, Stack
 from tiny_models import tiny_dit
 
-W8A8 = QuantizeLinears(SCHEMES["w8a8"], emulate=True)
+W8A8 = QuantizeLinears((SCHEMES["w8a8"],), emulate=True)
 X = torch.arange(192.0).reshape(1, 2, 3, 32) / 192
 
 
@@ -54,8 +54,8 @@ body body_0(%l_x_: f32[1, 2, 3, 32], %getitem_3: i8[32, 32], %getitem_4: f32[32,
   %getitem = getitem(%quantize_default, 2) : f32[1, 2, 3, 1]
   %dequantize_default = quantcache.dequantize((%getitem_2, %getitem_1, %getitem), uint8, torch.float32) : f32[1, 2, 3, 32]
   %dequantize_default_1 = quantcache.dequantize((%getitem_3, %getitem_4), int8, torch.float32) : f32[32, 32]
-  %linear = aten.linear(%dequantize_default, %dequantize_default_1) : f32[1, 2, 3, 32]
-  %scaled_dot_product_attention = aten.scaled_dot_product_attention(%linear, %l_x_, %l_x_) : f32[1, 2, 3, 32]
+  %linear_default = aten.linear(%dequantize_default, %dequantize_default_1) : f32[1, 2, 3, 32]
+  %scaled_dot_product_attention = aten.scaled_dot_product_attention(%linear_default, %l_x_, %l_x_) : f32[1, 2, 3, 32]
   %add = aten.add(%l_x_, %scaled_dot_product_attention) : f32[1, 2, 3, 32]
   return (%add)"""
     )
@@ -106,17 +106,17 @@ def test_what_is_narrow_is_left_alone():
 
 def test_a_scheme_without_kernel_is_left_alone_unless_emulated():
     gm = capture(Stack(Modulated(32)), X).shared()
-    report = apply(QuantizeLinears(SCHEMES["fp8"]), gm)
+    report = apply(QuantizeLinears((SCHEMES["fp8"],)), gm)
     ((where, reason),) = skips(report)
     assert where == "blocks.0.query"
     assert reason.startswith("no kernel multiplies fp8 with fp8 on cpu: option emulate=True")
-    assert apply(QuantizeLinears(SCHEMES["fp8"], emulate=True), gm).changed == 1
+    assert apply(QuantizeLinears((SCHEMES["fp8"],), emulate=True), gm).changed == 1
 
 
 def test_a_slower_kernel_is_left_alone(monkeypatch):
     monkeypatch.setattr("qc_compiler.kernels.timing.seconds", lambda *_: (1e-3, 2e-3))
     gm = capture(Stack(Modulated(32)), X).shared()
-    ((_, reason),) = skips(apply(QuantizeLinears(SCHEMES["w8a8"]), gm))
+    ((_, reason),) = skips(apply(QuantizeLinears((SCHEMES["w8a8"],)), gm))
     assert reason == "oneDNN int8 is slower here: 2.00 ms with its quantizer against 1.00 ms for 6 × 32 × 32 in float32"
 
 
@@ -175,7 +175,7 @@ def case(scheme, dtype):
     model = Stack(Modulated(32)).to(dtype)
     captured = capture(model, X.to(dtype))
     gm = captured.shared()
-    apply(QuantizeLinears(scheme, emulate=True), gm)
+    apply(QuantizeLinears((scheme,), emulate=True), gm)
     return model, gm, captured.inputs
 
 

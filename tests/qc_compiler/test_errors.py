@@ -15,7 +15,8 @@ def test_every_error_is_a_quantcache_error_with_its_meaning_written_down(cls):
 
 
 def test_what_the_user_did_is_a_value_error_and_what_we_did_is_none():
-    assert [cls.__name__ for cls in CLASSES if issubclass(cls, ValueError)] == ["OptionError", "PlanError"]
+    mistakes = [cls.__name__ for cls in CLASSES if issubclass(cls, ValueError)]
+    assert mistakes == ["OptionError", "PackedFileError", "PlanError"]
     assert issubclass(OptionError, ValueError)
     assert issubclass(PlanError, ValueError)
     assert issubclass(errors.InvariantError, PassError)

@@ -19,7 +19,8 @@ def decide_as_rank(rank: int, store: str, results: Any) -> None:
     decided = {}
     for agree in (False, True):
         options = Options(cache="static", interval=1 if rank == 0 else 100, level="block", process_group=agree)
-        interface = Interface([RegionSpec("blocks.0", 0, 1.0)], [SlotSpec(0, ((2,),), (torch.float32,), CPU)], 1, 1)
+        regions, slots = [RegionSpec("blocks.0", 0, 1.0)], [SlotSpec(0, ((2,),), (torch.float32,), CPU)]
+        interface = Interface(regions, slots, num_outputs=1)
         graph = GuardedGraph(interface, Runtime(options), clock=1, latent=0, parameters=(), symbols={})
         seen: list[bool] = []
 
