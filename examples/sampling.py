@@ -18,6 +18,7 @@ from torch import nn
 
 from classifier import DigitClassifier
 from digits import CANVAS, NUM_DIGITS, NUM_FRAMES
+from dit import DiT, DiTConfig
 from stdit import STDiT, STDiTConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -78,9 +79,17 @@ def _read_weights(path: Path) -> tuple[dict[str, object], dict[str, torch.Tensor
 
 
 def load_model(path: Path | str | None = None) -> STDiT:
-    """Returns the trained model, float32, in eval mode; by default from `weights/stdit.safetensors`."""
+    """Returns the trained video model, float32, in eval mode; by default from `weights/stdit.safetensors`."""
     config, weights = _read_weights(Path(path or WEIGHTS / "stdit.safetensors"))
     model = STDiT(STDiTConfig(**config))  # type: ignore[arg-type]
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def load_dit(path: Path | str | None = None) -> DiT:
+    """Returns the trained image model, float32, in eval mode; by default from `weights/dit.safetensors`."""
+    config, weights = _read_weights(Path(path or WEIGHTS / "dit.safetensors"))
+    model = DiT(DiTConfig(**config))  # type: ignore[arg-type]
     model.load_state_dict(weights)
     return model.eval()
 

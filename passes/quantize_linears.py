@@ -3,6 +3,8 @@
     before:  y = linear(x, w, b)                                                       in a body that blocks share
     after:   y = linear(dequantize(quantize(x)), dequantize(codes, scales), b)         in the body
              codes, scales = quantize(w)                                               in the main graph, for each block
+    with a rotation x·H and w·H take the place of x and w; with a low-rank branch
+             y = linear(x̂, quantized residual, b) + up·(down·x)
     with several schemes:
              y = choose(linear of the first, linear of the second, flag)      flag: an element of the input `precision`
 
@@ -19,6 +21,7 @@ from torch import fx
 from qc_compiler import ops
 from qc_compiler.cost import hint
 from qc_compiler.formats.schemes import Scheme
+from qc_compiler.formats.transforms import hadamard, rotate, rotation_size
 from qc_compiler.graph import (
     GraphPass,
     Report,
@@ -31,9 +34,11 @@ from qc_compiler.graph import (
     drop_unused_parameters,
     fake_mode_of,
     getitems,
+    inline,
     is_parameter,
     module_path,
     placeholders,
+    trace,
     values_of,
 )
 from qc_compiler.kernels import find_kernel
@@ -111,19 +116,25 @@ class QuantizeLinears(GraphPass):
     def _rewrite(self, gm: fx.GraphModule, body: str, site: LinearSite, rows: "_PrecisionRows") -> None:
         graph, dtype, device = site.node.graph, site.x.meta["val"].dtype, site.weight.meta["val"].device
         at = 2 + placeholders(graph).index(site.weight)
-        held: dict[str, list[fx.Node]] = {}
+        held: dict[str, tuple[fx.Node, list[fx.Node], list[fx.Node]]] = {}
         results = []
         for wanted in self.schemes:
             kernel = None if self.emulate else find_kernel(wanted, device)
             scheme = kernel.narrowed(wanted) if kernel else wanted
-            x_hat = _quantized(site.x, scheme.activation)
             if scheme.weight not in held:
-                parts = add_operands(gm, body, lambda call: _parts(_args(call)[at], scheme.weight))  # noqa: B023
-                held[scheme.weight] = parts
+                held[scheme.weight] = _operands(gm, body, site, at, scheme)
+            x, parts, branch = held[scheme.weight]
+            x_hat = _quantized(x, scheme.activation)
             with graph.inserting_before(site.node):
-                w_hat = add_call(graph, ops.dequantize, (held[scheme.weight], scheme.weight, dtype))
-                results.append(add_call(graph, aten.linear.default, (x_hat, w_hat, *site.node.args[2:])))
-                results[-1].meta["nn_module_stack"] = site.node.meta.get("nn_module_stack")
+                w_hat = add_call(graph, ops.dequantize, (parts, scheme.weight, dtype))
+                result = add_call(graph, aten.linear.default, (x_hat, w_hat, *site.node.args[2:]))
+                result.meta["nn_module_stack"] = site.node.meta.get("nn_module_stack")
+                for factor in branch:
+                    x = add_call(graph, aten.linear.default, (x, factor))
+                    x.meta["low_rank"] = True
+                if branch:
+                    result = add_call(graph, aten.add.Tensor, (result, x))
+                results.append(result)
         best = results.pop()
         for flag in reversed(rows.flags(body, site)):
             with graph.inserting_before(site.node):
@@ -184,12 +195,69 @@ def _prefix(name: str, block: str) -> str:
     return ".".join(name.split(".")[: block.count(".") + 1]) + "."
 
 
+def _operands(
+    gm: fx.GraphModule, body: str, site: LinearSite, at: int, scheme: Scheme
+) -> tuple[fx.Node, list[fx.Node], list[fx.Node]]:
+    """Returns, inside the body: x, rotated if the scheme says so; the parts of the weight; its low-rank factors."""
+    x, size = site.x, rotation_size(site.weight.meta["val"].shape[1]) if scheme.rotation else 1
+    if size > 1:
+        x = _rotated(x, *add_operands(gm, body, lambda call: [_hadamard(_args(call)[at], size)]))
+
+    def of_weight(call: fx.Node) -> list[fx.Node]:
+        weight = _args(call)[at]
+        if size > 1:
+            weight = _rotated(weight, _hadamard(weight, size))
+        if not scheme.rank:
+            return _parts(weight, scheme.weight)
+        with weight.graph.inserting_before(_behind(weight)):
+            up, down, residual = getitems(add_call(weight.graph, ops.low_rank, (weight, scheme.rank)))
+        return [*_parts(residual, scheme.weight), down, up]
+
+    operands = add_operands(gm, body, of_weight)
+    count = len(operands) - 2 * bool(scheme.rank)
+    return x, operands[:count], operands[count:]
+
+
+def _rotated(x: fx.Node, matrix: fx.Node) -> fx.Node:
+    """Returns x · H, computed once behind x; `rotated` on a node says of what it is the rotation."""
+    for node in x.graph.nodes:
+        if node.meta.get("rotated") is x:
+            return node
+    part = trace(lambda *args: (rotate(*args),), x.meta["val"], matrix.meta["val"])
+    (result,) = inline(x.graph, _owner(x), part, [x, matrix], before=_behind(x, matrix))
+    result.meta["rotated"] = x
+    return result
+
+
+def _hadamard(weight: fx.Node, size: int) -> fx.Node:
+    """Returns the Hadamard matrix in the main graph, one for every size."""
+    for node in weight.graph.nodes:
+        if node.meta.get("hadamard") == size:
+            return node
+    part = trace(lambda w: (hadamard(size, w.device),), weight.meta["val"])
+    before = placeholders(weight.graph)[-1].next
+    (result,) = inline(weight.graph, _owner(weight), part, [weight], before=before)
+    result.meta["hadamard"] = size
+    return result
+
+
+def _owner(node: fx.Node) -> fx.GraphModule:
+    assert node.graph.owning_module is not None
+    return node.graph.owning_module
+
+
+def _behind(*nodes: fx.Node) -> fx.Node:
+    """Returns the first place where all of these nodes are known, and all inputs of the graph."""
+    order = {node: i for i, node in enumerate(nodes[0].graph.nodes)}
+    return max((*nodes, placeholders(nodes[0].graph)[-1]), key=order.__getitem__).next
+
+
 def find_linears(body: fx.GraphModule) -> tuple[list[LinearSite], list[Skip]]:
     """Finds the linears of a body that can be quantized; those that are quantized already are passed over."""
     sites, skips = [], []
     for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight = _args(node)[:2]
-        if weight.target is ops.dequantize:
+        if weight.target is ops.dequantize or node.meta.get("low_rank"):
             continue
         site = LinearSite(node, x, weight, module_path(node))
         if reason := _unsuited(site):
@@ -240,8 +308,7 @@ def _quantized(x: fx.Node, form: str) -> fx.Node:
             (hat,) = {hat for part in user.users for hat in part.users if hat.target is ops.dequantize}
             return hat
     graph = x.graph
-    after = x if x.op != "placeholder" else placeholders(graph)[-1]
-    with graph.inserting_before(after.next):
+    with graph.inserting_before(_behind(x)):
         codes = add_call(graph, ops.quantize, (x, form))
         parts = getitems(codes)
         return add_call(graph, ops.dequantize, (parts, form, x.meta["val"].dtype))
@@ -252,7 +319,7 @@ def _parts(weight: fx.Node, form: str) -> list[fx.Node]:
     for user in weight.users:
         if user.target is ops.quantize and user.args[1] == form:
             return getitems(user)
-    with weight.graph.inserting_before(placeholders(weight.graph)[-1].next):
+    with weight.graph.inserting_before(_behind(weight)):
         return getitems(add_call(weight.graph, ops.quantize, (weight, form)))
 
 

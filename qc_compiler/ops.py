@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .formats import parse_format
+from .formats.transforms import low_rank as split_low_rank
 
 
 @torch.library.custom_op("quantcache::quantize", mutates_args=())
@@ -29,6 +30,19 @@ def decode(parts: Sequence[Tensor], form: str, dtype: torch.dtype, size: int | N
     codes, *scales = parts
     values = parse_format(form)
     return values.dequantize(codes if size is None else values.unpack(codes, size), *scales).to(dtype)
+
+
+@torch.library.custom_op("quantcache::low_rank", mutates_args=())
+def _low_rank(weight: Tensor, rank: int) -> list[Tensor]:
+    """Returns up (N, r), down (r, K) and the residual (N, K) of a weight."""
+    return list(split_low_rank(weight, rank))
+
+
+@_low_rank.register_fake
+def _(weight: Tensor, rank: int) -> list[Tensor]:
+    outer, inner = weight.shape
+    rank = min(rank, outer, inner)
+    return [weight.new_empty(outer, rank), weight.new_empty(rank, inner), weight.new_empty(outer, inner)]
 
 
 @torch.library.custom_op("quantcache::choose", mutates_args=())
@@ -54,4 +68,5 @@ def _(parts: list[Tensor], form: str, dtype: torch.dtype, size: int | None = Non
 
 quantize = torch.ops.quantcache.quantize.default
 dequantize = torch.ops.quantcache.dequantize.default
+low_rank = torch.ops.quantcache.low_rank.default
 choose = torch.ops.quantcache.choose.default

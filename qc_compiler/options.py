@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError, nearest
-from .formats.schemes import CHOICES, SCHEMES
+from .formats.schemes import schemes_of
 from .plan import Plan
 
 LEVELS = ("output", "network", "group", "block", "sublayer")
@@ -41,7 +41,9 @@ class Options:
         num_steps: Steps of a trajectory, if known. Needed where no timestep input is found.
         plan: A `Plan` or the path of one; decides instead of `cache`.
         quantize: How the linears of the blocks are quantized: `w8a8`, `w4a8`, `w4a6`, `fp8`, `nvfp4`, or `dmpq`, which
-            chooses at every step; None not at all. Where this device has no faster kernel they stay as they are.
+            chooses at every step; None not at all. `+rotation` and `+rank32` behind a name rotate weights and
+            activations by a Hadamard matrix, and keep 32 singular directions of a weight in full precision. Where
+            this device has no faster kernel linears stay as they are.
         precision_threshold: What `dmpq` compares its predicted error with; None takes the rule's default.
         emulate: Quantize there as well, in plain torch: slow, for measuring what a format does to quality.
         strict: Raise `UnsupportedModelError` where quantcache would run plain Inductor.
@@ -91,7 +93,7 @@ class Options:
     @property
     def chooses_precision(self) -> bool:
         """Whether the linears have several precisions, of which a rule takes one at every step."""
-        return self.quantize in CHOICES
+        return _num_schemes(self.quantize) > 1
 
     @property
     def guards_output(self) -> bool:
@@ -132,7 +134,7 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     if explicit and given.get("cache") in ("tdc", "first_block", "magcache"):
         values["level"] = "block"
     values |= given
-    if given.get("quantize") in CHOICES and "level" not in given:  # its rule reads the statistics of blocks
+    if "level" not in given and _num_schemes(given.get("quantize")) > 1:  # its rule reads the statistics of blocks
         values["level"] = "output+block" if str(values.get("level")).startswith("output") else "block"
     plan = values["plan"] = _read_plan(values.get("plan"))
     if plan is not None:
@@ -142,6 +144,10 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         raise OptionError(f"disable={disable!r}: expected names of passes")
     values["disable"] = (disable,) if isinstance(disable, str) else tuple(disable)
     return check(Options(**values))
+
+
+def _num_schemes(quantize: str | None) -> int:
+    return 0 if quantize is None else len(schemes_of(quantize))
 
 
 def _read_plan(plan: Any) -> Plan | None:
@@ -181,7 +187,7 @@ def check(options: Options) -> Options:
         if not isinstance(getattr(options, name), bool):
             raise OptionError(f"{name}={getattr(options, name)!r}: expected True or False")
     if options.quantize is not None:
-        _one_of("quantize", options.quantize, {**SCHEMES, **CHOICES})
+        schemes_of(options.quantize)
     if options.chooses_precision and options.graph_level not in ("block", "sublayer"):
         raise OptionError(
             f"quantize={options.quantize!r} decides by the statistics of blocks: level={options.level!r} must be "

@@ -102,7 +102,7 @@ def pack_(model: nn.Module, scheme: str) -> nn.Module:
         QuantCacheError: the model has no linears in a list of blocks, or is packed already.
     """
     if scheme not in SCHEMES:
-        raise OptionError(f"pack_(model, {scheme!r}): {nearest(str(scheme), SCHEMES)}")
+        raise OptionError(f"pack_(model, {scheme!r}): {nearest(str(scheme).split('+')[0], SCHEMES)}")
     module = getattr(model, "_orig_mod", model)
     names = _linears_of_blocks(module)
     if not names:

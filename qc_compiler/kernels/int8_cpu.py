@@ -14,7 +14,7 @@ against 129, 4608 × 1152 67 against 132. int8 codes in place of uint8 cost oneD
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -56,7 +56,7 @@ class Int8CPU(LinearKernel):
     def narrowed(self, scheme: Scheme) -> Scheme:
         weight = parse_format(scheme.weight)
         is_rows = isinstance(weight, Integer) and weight.bits == 8 and weight.group == 0
-        return Scheme(self.weight_format.name, scheme.activation) if is_rows else scheme
+        return replace(scheme, weight=self.weight_format.name) if is_rows else scheme
 
     def prepare(self, parts: Sequence[Tensor], form: str, size: int | None = None) -> tuple[Tensor, ...]:
         """Casts ŵ to int8 codes (N, K), scales (N,) and scaled sums of the codes (N,)."""

@@ -10,7 +10,7 @@ from torch import nn
 from capture import apply, capture, skips
 from passes import QuantizeLinears
 from qc_compiler.formats import parse_format
-from qc_compiler.formats.schemes import SCHEMES, Scheme
+from qc_compiler.formats.schemes import SCHEMES, Scheme, schemes_of
 from qc_compiler.graph import body_calls, body_of
 from qc_compiler.ops import dequantize, quantize
 from qc_compiler.show import show
@@ -45,15 +45,15 @@ graph(%L_x_: f32[1, 2, 3, 32], %{weight}: f32[32, 32]):
   %invoke_subgraph = invoke_subgraph(%body_0, body_0, %L_x_, %getitem_2, %getitem_1) : (f32[1, 2, 3, 32])
   %getitem = getitem(%invoke_subgraph, 0) : f32[1, 2, 3, 32]
   return (%getitem)
-body body_0(%l_x_: f32[1, 2, 3, 32], %getitem_3: i8[32, 32], %getitem_4: f32[32, 1]):
+body body_0(%l_x_: f32[1, 2, 3, 32], %getitem_2: i8[32, 32], %getitem_1: f32[32, 1]):
   %layer_norm = aten.layer_norm(%l_x_, (32)) : f32[1, 2, 3, 32]
   %mul = aten.mul(%layer_norm, 2) : f32[1, 2, 3, 32]
   %quantize_default = quantcache.quantize(%mul, uint8) : (u8[1, 2, 3, 32], f32[1, 2, 3, 1], f32[1, 2, 3, 1])
-  %getitem_2 = getitem(%quantize_default, 0) : u8[1, 2, 3, 32]
-  %getitem_1 = getitem(%quantize_default, 1) : f32[1, 2, 3, 1]
+  %getitem_4 = getitem(%quantize_default, 0) : u8[1, 2, 3, 32]
+  %getitem_3 = getitem(%quantize_default, 1) : f32[1, 2, 3, 1]
   %getitem = getitem(%quantize_default, 2) : f32[1, 2, 3, 1]
-  %dequantize_default = quantcache.dequantize((%getitem_2, %getitem_1, %getitem), uint8, torch.float32) : f32[1, 2, 3, 32]
-  %dequantize_default_1 = quantcache.dequantize((%getitem_3, %getitem_4), int8, torch.float32) : f32[32, 32]
+  %dequantize_default = quantcache.dequantize((%getitem_4, %getitem_3, %getitem), uint8, torch.float32) : f32[1, 2, 3, 32]
+  %dequantize_default_1 = quantcache.dequantize((%getitem_2, %getitem_1), int8, torch.float32) : f32[32, 32]
   %linear_default = aten.linear(%dequantize_default, %dequantize_default_1) : f32[1, 2, 3, 32]
   %scaled_dot_product_attention = aten.scaled_dot_product_attention(%linear_default, %l_x_, %l_x_) : f32[1, 2, 3, 32]
   %add = aten.add(%l_x_, %scaled_dot_product_attention) : f32[1, 2, 3, 32]
@@ -199,7 +199,62 @@ def test_the_graph_computes_what_the_formats_say(scheme, dtype, seed, outlier):
     assert torch.equal(found, expected)
 
 
+ADDITIONS = ["w4a6+rotation", "nvfp4+rank8", "w4a6+rotation+rank8", "dmpq+rotation+rank8"]
+
+
+def with_outliers():
+    model = tiny_dit(2)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp[0].weight[:, 3] *= 30
+    return model
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_without_rounding_additions_change_nothing(name, monkeypatch):
+    """Rotation and low-rank branch cancel: with formats that do not round, the model is what it was."""
+    monkeypatch.setattr("qc_compiler.formats.base.Format.round_trip", None)
+    for kind in ("integer.Integer", "integer.IntegerWithZero", "nvfp4.NVFP4"):
+        monkeypatch.setattr(
+            f"qc_compiler.formats.{kind}.quantize",
+            lambda form, x: tuple(x.float().clone() for _ in range(form.num_parts)),
+        )
+        monkeypatch.setattr(f"qc_compiler.formats.{kind}.dequantize", lambda form, codes, *_: codes + 0)
+    captured = capture(with_outliers(), torch.randn(2, 16, 8), torch.ones(2))
+    gm = captured.shared()
+    with torch.no_grad():
+        (expected,) = gm(*captured.inputs)
+        apply(QuantizeLinears(schemes_of(name), emulate=True), gm)
+        flags = [torch.zeros(8, 1, dtype=torch.bool)] * name.startswith("dmpq")
+        (found,) = gm(*captured.inputs, *flags)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["w4a6+rotation", "w4a6+rank8"])
+def test_additions_help_where_there_are_outliers(name):
+    captured = capture(
+        with_outliers(), torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)), torch.ones(2)
+    )
+    errors = []
+    with torch.no_grad():
+        (expected,) = captured.shared()(*captured.inputs)
+        for scheme in ("w4a6", name):
+            gm = captured.shared()
+            apply(QuantizeLinears(schemes_of(scheme), emulate=True), gm)
+            errors.append(float((gm(*captured.inputs)[0] - expected).norm()))
+    assert errors[1] < errors[0]
+
+
 # 5. idempotence
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_idempotence_of_additions(name):
+    gm = capture(tiny_dit(2), torch.randn(2, 16, 8), torch.ones(2)).shared()
+    assert apply(QuantizeLinears(schemes_of(name), emulate=True), gm).changed == 8
+    before = show(gm)
+    assert apply(QuantizeLinears(schemes_of(name), emulate=True), gm).changed == 0
+    assert show(gm) == before
 
 
 def test_idempotence():
