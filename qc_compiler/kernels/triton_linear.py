@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import register_flop_formula
 
 from ..formats import parse_format
 from ..formats.schemes import Scheme
@@ -209,6 +210,11 @@ def triton_linear(
         BLOCK_K=GROUP if form in ("int4", "int8", "fp8") else 64,
     )
     return y
+
+
+@register_flop_formula(torch.ops.quantcache.triton_linear)
+def _flops(x: torch.Size, x_scale: object, x_zero: object, weight: list[torch.Size], *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight[0][0]
 
 
 def _bytes(x: Tensor) -> Tensor:

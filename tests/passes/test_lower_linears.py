@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from capture import apply, capture, submodules
 from passes import LowerLinears, Normalize, QuantizeLinears, ShareBodies
+from qc_compiler.cost import flops_of
 from qc_compiler.formats.schemes import SCHEMES
 from qc_compiler.graph import body_calls, body_of
 from qc_compiler.kernels.int8_cpu import Int8CPU
@@ -125,6 +126,14 @@ def test_the_kernel_agrees_with_the_reference(scheme, dtype, seed, size, has_out
     rounding = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-6}[dtype]
     bound = (cast + rounding * linear.weight.float().abs().amax()) * total + rounding * (expected.float().abs() + 1)
     assert ((found - expected).float().abs() <= bound).all()
+
+
+def test_a_lowered_body_costs_what_the_plain_one_did():
+    captured = capture(tiny_dit(2), torch.randn(2, 16, 8), torch.ones(2))
+    plain, gm = captured.shared(), quantized(captured, "w8a8")
+    apply(LowerLinears(), gm)
+    costs = [flops_of(body_of(graph, body_calls(graph)[0])) for graph in (plain, gm)]
+    assert costs[0] == costs[1] > 0
 
 
 # 5. idempotence
