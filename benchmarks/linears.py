@@ -3,7 +3,7 @@
 1. Every linear of a block (1024 tokens): Inductor's against the quantized one, its quantizer and epilogue included.
 2. A computed step of diffusers' DiT with 4 of its 28 blocks, 32 × 32 patches (random weights: speed only).
 
-    python benchmarks/linears.py
+    python benchmarks/linears.py                  on a CPU; on a GPU: linears_cuda.py
 """
 
 import statistics

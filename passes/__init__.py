@@ -6,6 +6,7 @@ from qc_compiler.graph import GraphPass
 from qc_compiler.options import Options
 
 from .branch_choices import BranchChoices
+from .fuse_epilogues import FuseEpilogues
 from .guard_regions import GuardRegions
 from .lower_linears import LowerLinears
 from .normalize import Normalize
@@ -16,6 +17,7 @@ from .share_bodies import ShareBodies
 
 __all__ = [
     "BranchChoices",
+    "FuseEpilogues",
     "GuardRegions",
     "LowerLinears",
     "Normalize",
@@ -45,8 +47,10 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
         PrepareWeights(),
         # What a region contains must not change any more when its branches are built.
         *((_guards(options, num_frames),) if options.caches else ()),
-        # Last: until here a choice of precision is one plain node.
+        # Late: until here a choice of precision is one plain node.
         BranchChoices(),
+        # Last: guards and choices read the sums and products that disappear into a kernel here.
+        FuseEpilogues(),
     )
 
 

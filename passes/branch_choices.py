@@ -30,7 +30,7 @@ from qc_compiler.graph import (
 
 @dataclass(frozen=True)
 class BranchChoices(GraphPass):
-    """The last pass: nothing edits the branches after it."""
+    """After it, only `FuseEpilogues` edits the branches, and leaves what they take and return as it is."""
 
     def run(self, gm: fx.GraphModule) -> Report:
         changed, todo = 0, [gm, *(child for _, child in submodules(gm))]

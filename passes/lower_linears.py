@@ -2,12 +2,14 @@
 
     before:  y = linear(dequantize(codes_x, …), dequantize(codes_w, …), b)
     after:   y = kernel(codes_x, …, prepared_w, …, b)      its epilogue written out, for Inductor to fuse
+             codes_x, … = kernel(x)                        for quantize(x·H), where this device does both at once
              prepared_w = prepare(dequantize(codes_w, …))   in the main graph
 
 Error: that of the kernel (its module states it). Where there is none, the result is the reference's own: a weight that
 the main graph quantizes is dequantized there, too, once for all steps; one that is kept packed is decoded at each use.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from qc_compiler import ops
+from qc_compiler.cost import hint
 from qc_compiler.formats import parse_format
 from qc_compiler.formats.schemes import Scheme
+from qc_compiler.formats.transforms import rotation_size
 from qc_compiler.graph import (
     GraphPass,
     Report,
@@ -32,7 +36,7 @@ from qc_compiler.graph import (
     trace,
     values_of,
 )
-from qc_compiler.kernels import LinearKernel, find_kernel
+from qc_compiler.kernels import LinearKernel, LinearShape, find_kernel, find_rotating_quantizer
 
 aten = torch.ops.aten
 
@@ -70,6 +74,8 @@ class LowerLinears(GraphPass):
         for name in dict.fromkeys(str(call.args[1]) for call in body_calls(gm)):
             calls = [call for call in body_calls(gm) if call.args[1] == name]
             body = body_of(gm, calls[0])
+            if not self.emulate:
+                changed += _fuse_rotations(body)
             decoded: dict[tuple[int, ...], fx.Node] = {}
             for match in find_quantized_linears(body):
                 if kernel := self._kernel(match):
@@ -88,7 +94,9 @@ class LowerLinears(GraphPass):
         if self.emulate or match.x.target is not ops.dequantize:
             return None
         scheme = Scheme(_args(match.weight)[1], _args(match.x)[1])
-        return find_kernel(scheme, match.x.meta["val"].device)
+        x, y = match.x.meta["val"], match.node.meta["val"]
+        shape = LinearShape(hint(x.numel()) // x.shape[-1], x.shape[-1], y.shape[-1], match.weight.meta["val"].dtype)
+        return find_kernel(scheme, x.device, shape)
 
 
 def find_quantized_linears(body: fx.GraphModule) -> list[QuantizedLinear]:
@@ -132,24 +140,49 @@ def _decode_outside(gm: fx.GraphModule, name: str, match: QuantizedLinear) -> fx
     return outside
 
 
+def _fuse_rotations(body: fx.GraphModule) -> int:
+    """Replaces a rotation and the one quantizer that reads it by the kernel for both, where this device has one.
+
+    Without a rotation a quantizer stays plain torch, which Inductor fuses with the norm in front of it.
+    """
+    changed = 0
+    for node in body.graph.find_nodes(op="call_function", target=ops.quantize):
+        x, name = _args(node)
+        source = x.meta.get("rotated")
+        if source is None or len(x.users) > 1:
+            continue
+        kernel, size = find_rotating_quantizer(name, x.meta["val"].device), rotation_size(x.meta["val"].shape[-1])
+        if kernel is not None:
+            fused = trace(lambda value: tuple(kernel(value, name, size)), source.meta["val"])  # noqa: B023
+            _replace_parts(node, inline(body.graph, body, fused, [source], before=node))
+            changed += 1
+    return changed
+
+
+def _replace_parts(node: fx.Node, parts: Sequence[fx.Node]) -> None:
+    """Replaces a quantizer by the nodes of its codes and scales."""
+    for item in list(node.users):
+        item.replace_all_uses_with(parts[_args(item)[1]])
+        item.graph.erase_node(item)
+    node.graph.erase_node(node)
+
+
 def _write_out(body: fx.GraphModule) -> int:
     """Replaces quantizers and dequantizers by the plain torch of their formats."""
     changed = 0
     for node in list(body.graph.nodes):
         if node.target is ops.quantize:
             x, name = _args(node)
-            parts = inline(body.graph, body, trace(parse_format(name).quantize, x.meta["val"]), [x], before=node)
-            for item in list(node.users):
-                item.replace_all_uses_with(parts[_args(item)[1]])
-                body.graph.erase_node(item)
+            written = trace(parse_format(name).quantize, x.meta["val"])
+            _replace_parts(node, inline(body.graph, body, written, [x], before=node))
         elif node.target is ops.dequantize:
             operands, *how = _args(node)
             decode = trace(lambda *parts: (ops.decode(parts, *how),), *values_of(operands))  # noqa: B023
             (result,) = inline(body.graph, body, decode, operands, before=node)
             node.replace_all_uses_with(result)
+            body.graph.erase_node(node)
         else:
             continue
-        body.graph.erase_node(node)
         changed += 1
     return changed
 

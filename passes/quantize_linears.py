@@ -41,7 +41,7 @@ from qc_compiler.graph import (
     trace,
     values_of,
 )
-from qc_compiler.kernels import find_kernel
+from qc_compiler.kernels import LinearShape, find_kernel
 from qc_compiler.kernels.timing import why_slower
 
 aten = torch.ops.aten
@@ -54,15 +54,18 @@ class LinearSite:
 
     Attributes:
         node: The linear.
-        x: Its activations (…, K).
         weight: The body's operand that holds its weight (N, K).
         name: Module path in the first block that calls the body.
     """
 
     node: fx.Node
-    x: fx.Node
     weight: fx.Node
     name: str
+
+    @property
+    def x(self) -> fx.Node:
+        """Its activations (…, K); read anew, since they may be a linear that has been rewritten meanwhile."""
+        return _args(self.node)[0]
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,15 @@ class QuantizeLinears(GraphPass):
         return Report(changed, tuple(skips))
 
     def _why_not(self, site: LinearSite) -> str | None:
-        x, w = site.x.meta["val"], site.weight.meta["val"]
+        device, shape = site.weight.meta["val"].device, _shape(site)
         for scheme in () if self.emulate else self.schemes:
-            kernel = find_kernel(scheme, w.device)
+            kernel = find_kernel(scheme, device, shape)
             if kernel is None:
                 return (
-                    f"no kernel multiplies {scheme.activation} with {scheme.weight} on {w.device.type}: "
+                    f"no kernel multiplies {scheme.activation} with {scheme.weight} on {device.type}: "
                     "option emulate=True computes it in plain torch"
                 )
-            rows = hint(x.numel()) // w.shape[1]
-            if slower := why_slower(kernel, scheme, rows, w.shape[1], w.shape[0], w.dtype, w.device):
+            if slower := why_slower(kernel, scheme, shape, device):
                 return slower
         return None
 
@@ -119,7 +121,7 @@ class QuantizeLinears(GraphPass):
         held: dict[str, tuple[fx.Node, list[fx.Node], list[fx.Node]]] = {}
         results = []
         for wanted in self.schemes:
-            kernel = None if self.emulate else find_kernel(wanted, device)
+            kernel = None if self.emulate else find_kernel(wanted, device, _shape(site))
             scheme = kernel.narrowed(wanted) if kernel else wanted
             if scheme.weight not in held:
                 held[scheme.weight] = _operands(gm, body, site, at, scheme)
@@ -195,6 +197,11 @@ def _prefix(name: str, block: str) -> str:
     return ".".join(name.split(".")[: block.count(".") + 1]) + "."
 
 
+def _shape(site: LinearSite) -> LinearShape:
+    x, w = site.x.meta["val"], site.weight.meta["val"]
+    return LinearShape(hint(x.numel()) // w.shape[1], w.shape[1], w.shape[0], w.dtype)
+
+
 def _operands(
     gm: fx.GraphModule, body: str, site: LinearSite, at: int, scheme: Scheme
 ) -> tuple[fx.Node, list[fx.Node], list[fx.Node]]:
@@ -256,10 +263,10 @@ def find_linears(body: fx.GraphModule) -> tuple[list[LinearSite], list[Skip]]:
     """Finds the linears of a body that can be quantized; those that are quantized already are passed over."""
     sites, skips = [], []
     for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
-        x, weight = _args(node)[:2]
+        weight = _args(node)[1]
         if weight.target is ops.dequantize or node.meta.get("low_rank"):
             continue
-        site = LinearSite(node, x, weight, module_path(node))
+        site = LinearSite(node, weight, module_path(node))
         if reason := _unsuited(site):
             skips.append(Skip(site.name, reason))
         else:

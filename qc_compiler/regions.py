@@ -52,7 +52,7 @@ _DENSE = {
     aten.conv2d.default,
     aten.conv3d.default,
 }
-_KERNELS = {"quantcache.int8_matmul.default", "quantcache.triton_linear.default"}
+_KERNELS = {"quantcache.int8_matmul.default", "quantcache.triton_linear.default", "aten._scaled_mm.default"}
 _PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 
 

@@ -19,6 +19,20 @@ def kernels_win(monkeypatch):
     monkeypatch.setattr("passes.quantize_linears.why_slower", lambda *_: None)
 
 
+@pytest.fixture
+def triton_everywhere(monkeypatch, kernels_win):
+    """The CPU gets the kernels of CUDA devices, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("where there is a GPU the kernels are compiled for it")
+    from qc_compiler.kernels.triton_linear import TritonLinear
+    from qc_compiler.kernels.triton_quantize import triton_quantize
+
+    for name in ("passes.quantize_linears", "passes.lower_linears"):
+        monkeypatch.setattr(f"{name}.find_kernel", lambda *_: TritonLinear())
+    monkeypatch.setattr("passes.lower_linears.find_rotating_quantizer", lambda *_: triton_quantize)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     """Each test compiles for itself; nothing is left of the one before."""

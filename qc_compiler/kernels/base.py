@@ -2,12 +2,23 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..formats.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Activations (rows, inner) times a weight (outer, inner), in a model of this dtype."""
+
+    rows: int
+    inner: int
+    outer: int
+    dtype: torch.dtype
 
 
 class LinearKernel(ABC):
@@ -23,6 +34,10 @@ class LinearKernel(ABC):
     @abstractmethod
     def takes(self, scheme: Scheme) -> bool:
         """Whether it can multiply what this scheme makes of activations and weights."""
+
+    def fits(self, shape: LinearShape) -> bool:
+        """Whether it can multiply operands of this shape."""
+        return True
 
     def narrowed(self, scheme: Scheme) -> Scheme:
         """Returns the scheme as this device can hold it without rounding twice."""

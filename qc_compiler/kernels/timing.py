@@ -6,7 +6,8 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from ..formats import parse_format
 from ..formats.schemes import Scheme
-from .base import LinearKernel
+from .base import LinearKernel, LinearShape
 
 MAX_ROWS = 4096  # time grows linearly beyond
 REPEATS = 5
@@ -23,40 +24,45 @@ REPEATS = 5
 _lock = threading.Lock()
 
 
-def why_slower(
-    kernel: LinearKernel, scheme: Scheme, rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device
-) -> str | None:
-    """Returns why a kernel gains nothing over PyTorch's linear (rows, inner) × (outer, inner), or None if it does."""
-    plain, quantized = seconds(kernel, scheme, min(rows, MAX_ROWS), inner, outer, dtype, device)
+def fastest(
+    kernels: Sequence[LinearKernel], scheme: Scheme, shape: LinearShape, device: torch.device
+) -> LinearKernel | None:
+    """Returns the fastest of the kernels, None of none; only one of several is measured."""
+    if len(kernels) < 2:
+        return kernels[0] if kernels else None
+    return min(kernels, key=lambda kernel: seconds(kernel, scheme, shape, device)[1])
+
+
+def why_slower(kernel: LinearKernel, scheme: Scheme, shape: LinearShape, device: torch.device) -> str | None:
+    """Returns why a kernel gains nothing over PyTorch's linear of this shape, or None if it does."""
+    plain, quantized = seconds(kernel, scheme, shape, device)
     if quantized < plain:
         return None
     return (
         f"{kernel.name} is slower here: {quantized * 1e3:.2f} ms with its quantizer against {plain * 1e3:.2f} ms for "
-        f"{rows} × {inner} × {outer} in {str(dtype).removeprefix('torch.')}"
+        f"{shape.rows} × {shape.inner} × {shape.outer} in {str(shape.dtype).removeprefix('torch.')}"
     )
 
 
-def seconds(
-    kernel: LinearKernel, scheme: Scheme, rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device
-) -> tuple[float, float]:
+def seconds(kernel: LinearKernel, scheme: Scheme, shape: LinearShape, device: torch.device) -> tuple[float, float]:
     """Returns the time of PyTorch's linear and of the kernel with its quantizer, as far as that is not fused away."""
+    shape = replace(shape, rows=min(shape.rows, MAX_ROWS))
+    size = f"{shape.rows}x{shape.inner}x{shape.outer}"
     key = "|".join(
-        (torch.__version__, _device_name(device), kernel.name, scheme.activation, str(dtype), f"{rows}x{inner}x{outer}")
+        (torch.__version__, _device_name(device), kernel.name, scheme.weight, scheme.activation, str(shape.dtype), size)
     )
     with _lock:
         known = _read()
         if key not in known:
-            known[key] = _measure(kernel, scheme, rows, inner, outer, dtype, device)
+            known[key] = _measure(kernel, scheme, shape, device)
             _write(known)
         plain, quantized = known[key]
         return plain, quantized
 
 
-def _measure(
-    kernel: LinearKernel, scheme: Scheme, rows: int, inner: int, outer: int, dtype: torch.dtype, device: torch.device
-) -> list[float]:
-    x = torch.randn(rows, inner, dtype=dtype, device=device)
-    w = torch.randn(outer, inner, dtype=dtype, device=device)
+def _measure(kernel: LinearKernel, scheme: Scheme, shape: LinearShape, device: torch.device) -> list[float]:
+    x = torch.randn(shape.rows, shape.inner, dtype=shape.dtype, device=device)
+    w = torch.randn(shape.outer, shape.inner, dtype=shape.dtype, device=device)
     parts = parse_format(scheme.activation).quantize(x)
     weight = kernel.prepare(parse_format(scheme.weight).quantize(w), scheme.weight)
     product = kernel.multiply(parts, weight)
@@ -82,7 +88,17 @@ def _median(run: Callable[[], Any], device: torch.device) -> float:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads"
+    return f"{_cpu_name()} {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    """Returns the CPU's model; `platform.processor` is empty on most Linux systems, or just says x86_64."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def _path() -> Path:

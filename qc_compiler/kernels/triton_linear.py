@@ -2,13 +2,18 @@
 
     acc[m, n] = Σ_k q_x[m, k]·q_w[n, k]                      int8 × int8 and int8 × int4 in int32, fp8 in float32
     y = (acc − z[m]·Σ_k q_w[n, k])·s_x[m]·s_w[n] + b[n]      s and z a token, s_w an output channel
-    y = gelu(y), y = residual + gate·y                       each only where it is asked for
+    y = activation(y), y = residual + gate·y                 each only where it is asked for
 
 `int4/128` has a scale for every 128 elements of a row: each tile of 128 is one int32 product, scaled into a float32
 sum. `nvfp4` is decoded in the kernel, E2M1·E4M3 (at most 6 significant bits: exact in bfloat16), and multiplies
-floating-point activations; the tensor's scale is applied at the end.
+floating-point activations; the tensor's scale is applied at the end. Blackwell could multiply two nvfp4 operands as
+they are (`tl.dot_scaled`): that is not written, since neither Triton's interpreter nor a GPU at hand could check it.
 
-Error: int8 and int4/128 2⁻²²·Σ|terms|, of float32 sums; fp8 and nvfp4 that of tensor cores summing in float32.
+Error: int8 and int4/128 2⁻²²·Σ|terms|, of float32 sums; nvfp4 that of tensor cores summing in float32; fp8 about
+2⁻¹³·Σ|terms|: Hopper's tensor cores keep 14 bits of a sum (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), here within a
+tile of 128, and the tiles are added in float32.
+
+Not run on a GPU yet: its tests run it in Triton's interpreter, and compile it for sm_90.
 """
 
 import math
@@ -56,13 +61,18 @@ def _nibbles(packed, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     return tl.reshape(tl.join(packed & 0xF, packed >> 4), (BLOCK_N, BLOCK_K))
 
 
+@triton.jit
+def _sigmoid(x):
+    return tl.sigmoid(tl.maximum(x, -80.0))  # exp(80) is still finite
+
+
 @triton.autotune(configs=_configs(), key=["M_BUCKET", "N", "K", "FORM"])
 @triton.jit
 def _linear_kernel(
     x_MK, x_scale_M, x_zero_M, w_NK, w_scale_N, w_sum_N, w_scale, bias_N, gate_BN, residual_MN, y_MN,
     M, stride_xm, stride_xk, rows_per_sample, N: tl.constexpr, K: tl.constexpr,
-    M_BUCKET: tl.constexpr, FORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GELU: tl.constexpr,
+    M_BUCKET, FORM: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # Programs walk over GROUP_M tiles of rows before the next tile of columns, so that weights stay in the L2 cache.
@@ -79,11 +89,11 @@ def _linear_kernel(
     for start in range(0, K, BLOCK_K):
         ks = start + tl.arange(0, BLOCK_K)
         in_k = ks < K
-        x = tl.load(
-            x_MK + rows64[:, None] * stride_xm + ks[None, :] * stride_xk, in_m[:, None] & in_k[None, :], other=0
-        )
-        if HAS_ZERO:  # uint8 codes: the tensor cores multiply signed ones; what is outside becomes 0 again
-            x = tl.where(in_k[None, :], x.to(tl.int16) - 128, 0).to(tl.int8)
+        x_at, inside = rows64[:, None] * stride_xm + ks[None, :] * stride_xk, in_m[:, None] & in_k[None, :]
+        if HAS_ZERO:  # uint8 codes: the tensor cores multiply signed ones, so 128 is taken off
+            x = (tl.load(x_MK + x_at, inside, other=128) ^ 128).to(tl.int8, bitcast=True)
+        else:
+            x = tl.load(x_MK + x_at, inside, other=0)
         if FORM == "int8" or FORM == "fp8":
             w = tl.load(w_NK + cols64[None, :] * K + ks[:, None], in_n[None, :] & in_k[:, None], other=0)
             if IN_INT32:
@@ -127,9 +137,12 @@ def _linear_kernel(
         y *= tl.load(w_scale)
     if HAS_BIAS:
         y += tl.load(bias_N + cols, in_n, other=0.0).to(tl.float32)[None, :]
-    if GELU:  # tanh(u) = 2·sigmoid(2u) − 1
-        doubled = 1.5957691216057308 * (y + 0.044715 * y * y * y)
-        y *= tl.sigmoid(tl.maximum(doubled, -80.0))  # exp(80) is still finite
+    if ACTIVATION == "gelu":
+        y *= 0.5 + 0.5 * tl.erf(0.7071067811865476 * y)
+    if ACTIVATION == "gelu_tanh":  # tanh(u) = 2·sigmoid(2u) − 1
+        y *= _sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    if ACTIVATION == "silu":
+        y *= _sigmoid(y)
     at, inside = rows64[:, None] * N + cols64[None, :], in_m[:, None] & in_n[None, :]
     if HAS_GATE:
         sample = (rows64 // rows_per_sample)[:, None] * N
@@ -148,7 +161,7 @@ def triton_linear(
     form: str,
     dtype: torch.dtype,
     bias: Tensor | None = None,
-    gelu: bool = False,
+    activation: str = "none",
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -163,8 +176,8 @@ def triton_linear(
         form: `int8`, `int4`, `fp8` or `nvfp4`.
         dtype: Of the result.
         bias: (N,).
-        gelu: Apply the tanh approximation of GELU.
-        gate: (B, N) or (B, 1, N), for x of B samples.
+        activation: `gelu`, `gelu_tanh` (its approximation), `silu` or `none`.
+        gate: (B, N) or (B, 1, N), for x of B samples; or any other number of rows that divides those of x.
         residual: (…, N), added last.
 
     Returns:
@@ -206,10 +219,24 @@ def triton_linear(
         HAS_BIAS=bias is not None,
         HAS_GATE=gate is not None,
         HAS_RESIDUAL=residual is not None,
-        GELU=gelu,
+        ACTIVATION=activation,
         BLOCK_K=GROUP if form in ("int4", "int8", "fp8") else 64,
     )
     return y
+
+
+@triton_linear.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor | None,
+    x_zero: Tensor | None,
+    weight: list[Tensor],
+    form: str,
+    dtype: torch.dtype,
+    *_: object,
+    **__: object,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight[0].shape[0]), dtype=dtype)
 
 
 @register_flop_formula(torch.ops.quantcache.triton_linear)
@@ -224,14 +251,22 @@ def _bytes(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TritonLinear(LinearKernel):
-    """The kernel for CUDA devices."""
+    """The kernel for CUDA devices.
+
+    Attributes:
+        has_fp8: Whether the device converts and multiplies E4M3, in which nvfp4 keeps its scales (capability 8.9).
+    """
+
+    has_fp8: bool = True
 
     name = "Triton"
     device = "cuda"
 
     def takes(self, scheme: Scheme) -> bool:
         pairs = {("int8", "uint8"), ("int8", "uint6"), ("int4/128", "uint8"), ("int4/128", "uint6")}
-        return (scheme.weight, scheme.activation) in pairs | {("fp8", "fp8"), ("nvfp4", "nvfp4")}
+        if self.has_fp8:
+            pairs |= {("fp8", "fp8"), ("nvfp4", "nvfp4")}
+        return (scheme.weight, scheme.activation) in pairs
 
     def prepare(self, parts: Sequence[Tensor], form: str, size: int | None = None) -> tuple[Tensor, ...]:
         codes, *scales = parts

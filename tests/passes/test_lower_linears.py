@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from capture import apply, capture, submodules
 from passes import LowerLinears, Normalize, QuantizeLinears, ShareBodies
 from qc_compiler.cost import flops_of
-from qc_compiler.formats.schemes import SCHEMES
-from qc_compiler.graph import body_calls, body_of
+from qc_compiler.formats.schemes import SCHEMES, schemes_of
+from qc_compiler.graph import body_calls, body_of, placeholders
 from qc_compiler.kernels.int8_cpu import Int8CPU
 from qc_compiler.show import show
 from small_blocks import Modulated, Stack
@@ -46,6 +46,53 @@ def test_golden():
   %mul_1 = aten.mul(%sub, %div) : f32[2, 3, 32]
 """
     )
+
+
+def test_golden_of_a_rotation(triton_everywhere):
+    gm = rotated(Modulated(32))
+    assert "aten.matmul" in show(gm)
+    assert apply(LowerLinears(), gm).changed == 1
+    body = show(body_of(gm, body_calls(gm)[0]))
+    assert (
+        body[body.index("  %layer_norm") : body.index("  %scaled_dot")]
+        == """\
+  %layer_norm = aten.layer_norm(%l_x_, (32)) : f32[2, 3, 32]
+  %mul = aten.mul(%layer_norm, 2) : f32[2, 3, 32]
+  %triton_quantize = quantcache.triton_quantize(%mul, uint8, 32) : (u8[2, 3, 32], f32[2, 3, 1], f32[2, 3, 1])
+  %getitem_5 = getitem(%triton_quantize, 0) : u8[2, 3, 32]
+  %getitem_6 = getitem(%triton_quantize, 1) : f32[2, 3, 1]
+  %getitem_7 = getitem(%triton_quantize, 2) : f32[2, 3, 1]
+  %triton_linear = quantcache.triton_linear(%getitem_5, %getitem_6, %getitem_7, (%getitem_8, %getitem_9, %sum_1), int8, torch.float32) : f32[2, 3, 32]
+"""
+    )
+
+
+# 2. a quantizer that stays plain torch
+
+
+def rotated(model, scheme="w8a8+rotation", emulate=False):
+    captured = capture(Stack(model), X)
+    return captured.after(Normalize(), ShareBodies(), QuantizeLinears(schemes_of(scheme), emulate))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "emulate"),
+    [("w8a8", False), ("w8a8+rotation+rank4", False), ("dmpq+rotation", False), ("w8a8+rotation", True)],
+    ids=["no rotation", "a branch reads the rotation", "two quantizers read it", "emulated"],
+)
+def test_a_quantizer_that_stays_plain(triton_everywhere, scheme, emulate):
+    gm = rotated(Modulated(32), scheme, emulate)
+    apply(LowerLinears(emulate), gm)
+    text = show(gm)
+    assert "aten.round" in text
+    assert "triton_quantize" not in text
+
+
+def test_a_rotation_without_a_kernel_stays_plain():
+    gm = rotated(Modulated(32))
+    apply(LowerLinears(), gm)
+    assert "aten.matmul" in show(gm)
+    assert INT8 in targets(gm)
 
 
 # 3. edges
@@ -92,6 +139,18 @@ class Linear(torch.nn.Module):
         return x + self.linear(x) + torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
 
+class Feeds(torch.nn.Module):
+    """y = x + attention(x); y + fc2(fc1(y)): a linear that reads another one."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = torch.nn.Linear(width, 2 * width), torch.nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        x = x + torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return x + self.fc2(self.fc1(x))
+
+
 @functools.cache
 def case(scheme, dtype):
     """Returns a model, its quantized graph and its lowered one, and their inputs."""
@@ -126,6 +185,18 @@ def test_the_kernel_agrees_with_the_reference(scheme, dtype, seed, size, has_out
     rounding = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-6}[dtype]
     bound = (cast + rounding * linear.weight.float().abs().amax()) * total + rounding * (expected.float().abs() + 1)
     assert ((found - expected).float().abs() <= bound).all()
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8", "fp8"])
+def test_a_fused_rotation_agrees_with_the_reference(triton_everywhere, scheme):
+    """Sums of float32 in another order: a code at a tie may be its neighbour."""
+    torch.manual_seed(0)
+    gm = rotated(Feeds(32), f"{scheme}+rotation")
+    inputs = [torch.randn(node.meta["val"].shape) for node in placeholders(gm.graph)]
+    (expected,) = gm(*inputs)
+    assert apply(LowerLinears(), gm).changed == 2
+    (found,) = gm(*inputs)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_lowered_body_costs_what_the_plain_one_did():

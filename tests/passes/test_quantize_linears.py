@@ -132,6 +132,21 @@ def test_what_stands_outside_the_blocks_is_named():
 # 3. edges
 
 
+class InSequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + F.scaled_dot_product_attention(self.second(self.first(x)), x, x)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8+rotation+rank4", "dmpq"])
+def test_a_linear_that_reads_another_one(name):
+    gm = capture(Stack(InSequence()), X).shared()
+    assert apply(QuantizeLinears(schemes_of(name), emulate=True), gm).changed == 2
+
+
 class Projections(nn.Module):
     def __init__(self, same):
         super().__init__()

@@ -1,12 +1,16 @@
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 
 from qc_compiler.formats.schemes import SCHEMES
 from qc_compiler.kernels import timing
+from qc_compiler.kernels.base import LinearShape
 from qc_compiler.kernels.int8_cpu import Int8CPU
 
-CASE = (Int8CPU.here(), SCHEMES["w8a8"], 16, 64, 32, torch.float32, torch.device("cpu"))
+CASE = (Int8CPU.here(), SCHEMES["w8a8"], LinearShape(16, 64, 32, torch.float32), torch.device("cpu"))
 
 
 def test_a_time_is_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
@@ -21,7 +25,7 @@ def test_a_time_is_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
 def test_another_shape_is_measured_for_itself(monkeypatch):
     timing.seconds(*CASE)
     monkeypatch.setattr(timing, "_measure", lambda *_: [1.0, 2.0])
-    assert timing.seconds(*CASE[:2], 17, *CASE[3:]) == (1.0, 2.0)
+    assert timing.seconds(*CASE[:2], replace(CASE[2], rows=17), CASE[3]) == (1.0, 2.0)
 
 
 def test_a_damaged_file_is_measured_anew(monkeypatch, tmp_path):
@@ -37,6 +41,51 @@ def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "quantcache").write_text("a file where the folder should be")
     monkeypatch.setattr(timing, "_measure", lambda *_: [1.0, 2.0])
     assert timing.seconds(*CASE) == (1.0, 2.0)
+
+
+def test_which_formats_are_multiplied_is_part_of_the_key(monkeypatch):
+    timing.seconds(*CASE)
+    monkeypatch.setattr(timing, "_measure", lambda *_: [1.0, 2.0])
+    assert timing.seconds(CASE[0], SCHEMES["w4a8"], *CASE[2:]) == (1.0, 2.0)
+
+
+def test_the_fastest_of_several_is_measured_one_alone_is_not(monkeypatch):
+    measured = []
+
+    def measure(kernel, *_):
+        measured.append(kernel)
+        return [5.0, float(kernel.max_code)]
+
+    class Named(Int8CPU):
+        name = property(lambda self: f"kernel {self.max_code}")
+
+    monkeypatch.setattr(timing, "_measure", measure)
+    slow, fast = Named(3), Named(2)
+    assert timing.fastest([], *CASE[1:]) is None
+    assert timing.fastest([slow], *CASE[1:]) is slow
+    assert measured == []
+    assert timing.fastest([slow, fast], *CASE[1:]) is fast
+    assert timing.fastest([fast, slow], *CASE[1:]) is fast
+    assert measured == [slow, fast]
+
+
+def test_the_name_of_the_cpu_is_its_model(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda _: "processor\t: 0\nmodel name\t: Some CPU: 3 GHz\n")
+    assert timing._cpu_name() == "Some CPU: 3 GHz"
+
+
+@pytest.mark.parametrize("text", ["", "model name\t:\n"])
+def test_a_system_that_does_not_name_its_cpu(monkeypatch, text):
+    monkeypatch.setattr(Path, "read_text", lambda _: text)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert timing._cpu_name() == "riscv64"
+
+
+def test_a_system_that_says_nothing(monkeypatch):
+    monkeypatch.setattr("qc_compiler.kernels.timing.Path", lambda _: Path("/nowhere"))
+    monkeypatch.setattr("platform.processor", lambda: "Some CPU")
+    assert timing._cpu_name() == "Some CPU"
 
 
 def test_the_faster_one_wins(monkeypatch):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from qc_compiler.kernels.triton_linear import INTERPRETED, TritonLinear, triton_
 KERNEL = TritonLinear()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["int8", "int4/128", "fp8", "nvfp4"]
+ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 ACTIVATION = {"int8": "uint8", "int4/128": "uint6", "fp8": "fp8", "nvfp4": "nvfp4"}
 
 
@@ -58,9 +61,9 @@ def test_it_agrees_with_the_formats_for_any_shape(form, rows, inner, outer, dtyp
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_epilogue(form, gelu, fused):
+def test_the_epilogue(form, activation, fused):
     parts, held = case(form, 2 * 5, 96, 40, torch.float32, 0)
     gate, residual = torch.randn(2, 1, 40, device=DEVICE), torch.randn(2, 5, 40, device=DEVICE)
     weight, kind = list(KERNEL.prepare(held, form)), form.split("/")[0]
@@ -70,9 +73,9 @@ def test_the_epilogue(form, gelu, fused):
     plain = triton_linear(x, scale, zero, weight, kind, torch.float32)
     assert plain.shape == (2, 5, 40)
     found = triton_linear(
-        x, scale, zero, weight, kind, torch.float32, gelu=gelu, gate=gate if fused else None, residual=residual if fused else None
+        x, scale, zero, weight, kind, torch.float32, activation=activation, gate=gate if fused else None, residual=residual if fused else None
     )  # fmt: skip
-    expected = F.gelu(plain, approximate="tanh") if gelu else plain
+    expected = ACTIVATIONS[activation](plain)
     expected = residual + gate * expected if fused else expected
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -102,3 +105,7 @@ def test_a_packed_weight_is_taken_as_it_is():
 def test_which_schemes_it_takes():
     assert all(KERNEL.takes(scheme) for scheme in SCHEMES.values())
     assert not KERNEL.takes(Scheme("int8", "nvfp4"))
+    assert [name for name, scheme in SCHEMES.items() if not TritonLinear(has_fp8=False).takes(scheme)] == [
+        "fp8",
+        "nvfp4",
+    ]
