@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet torch==2.13.0
-	$(PY) -m pip install --quiet --editable ".[dev,examples]"
+	$(PY) -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed

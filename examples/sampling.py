@@ -34,6 +34,7 @@ def sample(
     seed: int = 0,
     guidance: float = 1.0,
     size: tuple[int, ...] = (1, NUM_FRAMES, CANVAS, CANVAS),
+    callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
     """Generates one video for each label.
 
@@ -45,6 +46,7 @@ def sample(
         guidance: strength w of classifier-free guidance: v_null + w (v_label - v_null). At 1 the model runs
             once a step; otherwise twice, first with the label, then without.
         size: C, F, H, W of a video.
+        callback_on_step_end: As in diffusers' pipelines: (pipe, step, timestep, {"latents": x}) → the same dict.
 
     Returns:
         video (B, C, F, H, W), float32, about [-1, 1].
@@ -53,13 +55,15 @@ def sample(
     null_label = torch.full_like(label, NULL_LABEL)
     x = torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed)).to(label.device)
     times = torch.linspace(1, 0, steps + 1).tolist()
-    for t, t_next in pairwise(times):
+    for step, (t, t_next) in enumerate(pairwise(times)):
         timestep = torch.full((batch,), 1000 * t, device=label.device)
         velocity = model(x, timestep, label)
         if guidance != 1:
             unguided = model(x, timestep, null_label)
             velocity = unguided + guidance * (velocity - unguided)
         x = x + (t_next - t) * velocity
+        if callback_on_step_end is not None:
+            x = callback_on_step_end(None, step, timestep, {"latents": x})["latents"]
     return x
 
 

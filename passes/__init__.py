@@ -1,11 +1,14 @@
 """The passes, and THE ORDER."""
 
+import torch
+
 from qc_compiler.formats import parse_format
-from qc_compiler.formats.schemes import schemes_of
 from qc_compiler.graph import GraphPass
 from qc_compiler.options import Options
 
+from .allocate_bits import AllocateBits
 from .branch_choices import BranchChoices
+from .compensate_output import CompensateOutput
 from .fuse_epilogues import FuseEpilogues
 from .guard_regions import GuardRegions
 from .lower_linears import LowerLinears
@@ -16,7 +19,9 @@ from .quantize_linears import QuantizeLinears
 from .share_bodies import ShareBodies
 
 __all__ = [
+    "AllocateBits",
     "BranchChoices",
+    "CompensateOutput",
     "FuseEpilogues",
     "GuardRegions",
     "LowerLinears",
@@ -40,18 +45,33 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
         ShareBodies(),
         # Before the guards, while the first block's own nodes can still be read; only where a rule asks for it.
         *((ProbeFirstBlock(),) if options.has_probe else ()),
+        # Before the quantizers: blocks whose weights get different bits cannot share a body any more.
+        *((_allocation(options),) if options.recipe and options.recipe.allocated else ()),
         # The semantics first, then this device's kernels for them; both while a body is still one plain graph.
-        *((QuantizeLinears(schemes_of(options.quantize), options.emulate),) if options.quantize else ()),
+        *((_quantizers(options),) if options.recipe else ()),
         # A packed model brings its quantizers along, so these two always run.
         LowerLinears(options.emulate),
         PrepareWeights(),
         # What a region contains must not change any more when its branches are built.
         *((_guards(options, num_frames),) if options.caches else ()),
+        # Behind the guards: slots hold what the model said, not what was corrected.
+        *((CompensateOutput(),) if options.compensates else ()),
         # Late: until here a choice of precision is one plain node.
         BranchChoices(),
         # Last: guards and choices read the sums and products that disappear into a kernel here.
         FuseEpilogues(),
     )
+
+
+def _allocation(options: Options) -> AllocateBits:
+    known = options.plan.quantization if options.plan else None
+    return AllocateBits(options.bits, dict(zip(known.sites, map(int, known.bits))) if known else None)
+
+
+def _quantizers(options: Options) -> QuantizeLinears:
+    known = options.plan.quantization if options.plan else None
+    amax = dict(zip(known.sites, map(torch.from_numpy, known.amax))) if known else {}
+    return QuantizeLinears(options.schemes, options.emulate, amax)
 
 
 def _guards(options: Options, num_frames: int) -> GuardRegions:

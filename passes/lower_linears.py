@@ -76,10 +76,14 @@ class LowerLinears(GraphPass):
             body = body_of(gm, calls[0])
             if not self.emulate:
                 changed += _fuse_rotations(body)
+            prepared: dict[Any, list[fx.Node]] = {}  # a weight that several choices read is held once
             decoded: dict[tuple[int, ...], fx.Node] = {}
             for match in find_quantized_linears(body):
                 if kernel := self._kernel(match):
-                    _lower(gm, name, body, match, kernel)
+                    key = (match.at, kernel.name)
+                    if key not in prepared:
+                        prepared[key] = _prepared(gm, name, match, kernel)
+                    _lower(body, match, kernel, prepared[key])
                 elif not any(is_parameter(call.args[2 + i]) for call in calls for i in match.at):  # type: ignore[arg-type]
                     if match.at not in decoded:
                         decoded[match.at] = _decode_outside(gm, name, match)
@@ -109,12 +113,16 @@ def find_quantized_linears(body: fx.GraphModule) -> list[QuantizedLinear]:
     return found
 
 
-def _lower(gm: fx.GraphModule, name: str, body: fx.GraphModule, match: QuantizedLinear, kernel: LinearKernel) -> None:
+def _prepared(gm: fx.GraphModule, name: str, match: QuantizedLinear, kernel: LinearKernel) -> list[fx.Node]:
+    """Returns the body's operands that hold the weight as the kernel wants it."""
     parts, form, _, *size = _args(match.weight)
     prepare = trace(lambda *p: kernel.prepare(p, form, *size), *values_of(parts))
-    weight = add_operands(
+    return add_operands(
         gm, name, lambda call: inline(gm.graph, gm, prepare, [_args(call)[2 + i] for i in match.at], before=call)
     )
+
+
+def _lower(body: fx.GraphModule, match: QuantizedLinear, kernel: LinearKernel, weight: list[fx.Node]) -> None:
     codes, dtype = list(_args(match.x)[0]), match.node.meta["val"].dtype
 
     def run(*args: Tensor) -> tuple[Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qc_compiler.graph import GraphPass, Report, eliminate_dead_code, is_parameter, outline, placeholders
+from qc_compiler.graph import GraphPass, Report, eliminate_dead_code, is_parameter, is_tensor, outline, placeholders
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class PrepareWeights(GraphPass):
 
 
 def _cone(node: fx.Node) -> set[fx.Node]:
-    """Returns what a node is computed from, itself included, without inputs of the graph."""
+    """Returns what a node is computed from, itself and constants included, without inputs of the graph."""
     found, todo = set(), [node]
     while todo:
         current = todo.pop()
-        if current not in found and current.op == "call_function":
+        is_constant = current.op == "get_attr" and is_tensor(current)
+        if current not in found and (current.op == "call_function" or is_constant):
             found.add(current)
             todo += current.all_input_nodes
     return found

@@ -3,7 +3,7 @@
     before:  y = linear(x, w, b)                                                       in a body that blocks share
     after:   y = linear(dequantize(quantize(x)), dequantize(codes, scales), b)         in the body
              codes, scales = quantize(w)                                               in the main graph, for each block
-    with a rotation x·H and w·H take the place of x and w; with a low-rank branch
+    with balancing x/s and w·s, with a rotation x·H and w·H take the place of x and w; with a low-rank branch
              y = linear(x̂, quantized residual, b) + up·(down·x)
     with several schemes:
              y = choose(linear of the first, linear of the second, flag)      flag: an element of the input `precision`
@@ -12,16 +12,18 @@ Linears that read the same x share its quantizer, which stands right behind what
 formats (`qc_compiler.formats`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qc_compiler import ops
 from qc_compiler.cost import hint
-from qc_compiler.formats.schemes import Scheme
-from qc_compiler.formats.transforms import hadamard, rotate, rotation_size
+from qc_compiler.errors import PlanError
+from qc_compiler.formats.schemes import PLAIN, WEIGHTS, Scheme
+from qc_compiler.formats.transforms import balancing_scales, hadamard, rotate, rotation_size
 from qc_compiler.graph import (
     GraphPass,
     Report,
@@ -35,37 +37,15 @@ from qc_compiler.graph import (
     fake_mode_of,
     getitems,
     inline,
-    is_parameter,
-    module_path,
     placeholders,
     trace,
     values_of,
 )
 from qc_compiler.kernels import LinearShape, find_kernel
 from qc_compiler.kernels.timing import why_slower
+from qc_compiler.linears import LinearSite, PackedSite, find_linears, find_packed, name_in, site_name, skips_outside
 
 aten = torch.ops.aten
-NARROW = 32  # linears with fewer inputs or outputs (a LoRA's branch) have nothing to gain
-
-
-@dataclass(frozen=True)
-class LinearSite:
-    """One linear of a body.
-
-    Attributes:
-        node: The linear.
-        weight: The body's operand that holds its weight (N, K).
-        name: Module path in the first block that calls the body.
-    """
-
-    node: fx.Node
-    weight: fx.Node
-    name: str
-
-    @property
-    def x(self) -> fx.Node:
-        """Its activations (…, K); read anew, since they may be a linear that has been rewritten meanwhile."""
-        return _args(self.node)[0]
 
 
 @dataclass(frozen=True)
@@ -73,38 +53,73 @@ class QuantizeLinears(GraphPass):
     """
     Attributes:
         schemes: Formats of weights and activations; of several, lowest precision first, one is chosen at every step.
+            Where `AllocateBits` ran the format of each weight is that of its bits instead.
         emulate: Quantize also where this device has no kernel, or a slower one: the reference semantics in plain
             torch, for measuring quality.
+        amax: By module path float32 (K,), the largest magnitudes of a linear's input, for balancing.
     """
 
     schemes: tuple[Scheme, ...]
     emulate: bool = False
+    amax: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, gm: fx.GraphModule) -> Report:
         calls = body_calls(gm)
         if not calls:
             return Report(changed=0)
-        skips = [] if gm.meta.get("quantized") else _skips_outside(gm, calls)
-        rows = _PrecisionRows(gm, len(self.schemes))
+        already = gm.meta.get("quantized", False)
+        skips = [] if already else skips_outside(gm, calls)
+        rows, balancer = _PrecisionRows(gm, len(self.schemes)), _Balancer(gm, self.amax)
         changed = 0
         for name in dict.fromkeys(str(call.args[1]) for call in calls):
             users = [call for call in calls if call.args[1] == name]
             sites, found = find_linears(body_of(gm, users[0]))
-            skips += found
+            skips += [replace(skip, where=name_in(str(users[0].meta["block"]), skip.where)) for skip in found]
             for site in sites:
-                if reason := self._why_not(site):
-                    skips.append(Skip(site.name, reason))
+                schemes = self._schemes_of(site, body_of(gm, users[0]))
+                if reason := self._why_not(site, schemes):
+                    skips.append(Skip(site_name(users[0], site), reason))
                 else:
                     changed += len(users)
-                    self._rewrite(gm, name, site, rows)
+                    self._rewrite(gm, name, site, schemes, rows, balancer)
+            for packed in find_packed(body_of(gm, users[0])) if len(self.schemes) > 1 and not already else ():
+                if packed.form == self.schemes[0].weight or "bits" in body_of(gm, users[0]).meta:
+                    changed += len(users)
+                    self._choose(gm, name, packed, rows)
         rows.finish()
         drop_unused_parameters(gm)
         gm.meta["quantized"] = True
         return Report(changed, tuple(skips))
 
-    def _why_not(self, site: LinearSite) -> str | None:
+    def _choose(self, gm: fx.GraphModule, body: str, packed: PackedSite, rows: "_PrecisionRows") -> None:
+        """Lets a rule choose the activations' format of a linear that is packed in the format of its weights."""
+        node, graph = packed.node, packed.node.graph
+        flags = rows.flags(body, packed)
+        x_hats = [_quantized(packed.x, scheme.activation) for scheme in self.schemes]
+        with graph.inserting_before(node):
+            results = [add_call(graph, aten.linear.default, (x_hat, *_args(node)[1:])) for x_hat in x_hats]
+            for result in results:
+                result.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+            best = results.pop()
+            for flag in reversed(flags):
+                best = add_call(graph, ops.choose, (results.pop(), best, flag))
+        node.replace_all_uses_with(best)
+        graph.erase_node(node)
+
+    def _schemes_of(self, site: LinearSite, body: fx.GraphModule) -> tuple[Scheme, ...]:
+        """Returns the schemes with the weight's own width; none where it keeps the model's precision."""
+        if "bits" not in body.meta:
+            return self.schemes
+        weight = WEIGHTS.get(body.meta["bits"][site.name])
+        return tuple(replace(scheme, weight=weight) for scheme in self.schemes) if weight else ()
+
+    def _why_not(self, site: LinearSite, schemes: Sequence[Scheme]) -> str | None:
+        if not schemes:
+            return "its allocation is 16 bits: quantizing it would cost more than its share of the error"
         device, shape = site.weight.meta["val"].device, _shape(site)
-        for scheme in () if self.emulate else self.schemes:
+        for scheme in () if self.emulate else schemes:
+            if scheme.activation == PLAIN:
+                continue
             kernel = find_kernel(scheme, device, shape)
             if kernel is None:
                 return (
@@ -115,16 +130,22 @@ class QuantizeLinears(GraphPass):
                 return slower
         return None
 
-    def _rewrite(self, gm: fx.GraphModule, body: str, site: LinearSite, rows: "_PrecisionRows") -> None:
-        graph, dtype, device = site.node.graph, site.x.meta["val"].dtype, site.weight.meta["val"].device
-        at = 2 + placeholders(graph).index(site.weight)
+    def _rewrite(
+        self,
+        gm: fx.GraphModule,
+        body: str,
+        site: LinearSite,
+        schemes: Sequence[Scheme],
+        rows: "_PrecisionRows",
+        balancer: "_Balancer",
+    ) -> None:
+        graph, dtype = site.node.graph, site.x.meta["val"].dtype
+        flags = rows.flags(body, site)
         held: dict[str, tuple[fx.Node, list[fx.Node], list[fx.Node]]] = {}
         results = []
-        for wanted in self.schemes:
-            kernel = None if self.emulate else find_kernel(wanted, device, _shape(site))
-            scheme = kernel.narrowed(wanted) if kernel else wanted
+        for scheme in self._narrowed(site, schemes):
             if scheme.weight not in held:
-                held[scheme.weight] = _operands(gm, body, site, at, scheme)
+                held[scheme.weight] = _operands(gm, body, site, scheme, balancer)
             x, parts, branch = held[scheme.weight]
             x_hat = _quantized(x, scheme.activation)
             with graph.inserting_before(site.node):
@@ -138,11 +159,20 @@ class QuantizeLinears(GraphPass):
                     result = add_call(graph, aten.add.Tensor, (result, x))
                 results.append(result)
         best = results.pop()
-        for flag in reversed(rows.flags(body, site)):
+        for flag in reversed(flags):
             with graph.inserting_before(site.node):
                 best = add_call(graph, ops.choose, (results.pop(), best, flag))
         site.node.replace_all_uses_with(best)
         graph.erase_node(site.node)
+
+    def _narrowed(self, site: LinearSite, schemes: Sequence[Scheme]) -> list[Scheme]:
+        """Returns the schemes as this device can hold them; one with plain activations shares the others' weight."""
+        if self.emulate:
+            return list(schemes)
+        kernels = [find_kernel(scheme, site.weight.meta["val"].device, _shape(site)) for scheme in schemes]
+        narrowed = [kernel.narrowed(scheme) if kernel else scheme for kernel, scheme in zip(kernels, schemes)]
+        stored = {scheme.weight: small.weight for scheme, small, kernel in zip(schemes, narrowed, kernels) if kernel}
+        return [replace(scheme, weight=stored.get(scheme.weight, scheme.weight)) for scheme in narrowed]
 
 
 class _PrecisionRows:
@@ -158,24 +188,23 @@ class _PrecisionRows:
             with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
                 self._precision = gm.graph.placeholder("precision")
 
-    def flags(self, body: str, site: LinearSite) -> list[fx.Node]:
+    def flags(self, body: str, site: LinearSite | PackedSite) -> list[fx.Node]:
         """Returns the flags, one less than there are choices, that all linears of one x share."""
         if self._precision is None:
             return []
         if site.x not in self._known:
-            self._known[site.x] = add_operands(self._gm, body, lambda call: self._row(call, site.name), prepared=False)
+            self._known[site.x] = add_operands(self._gm, body, lambda call: self._row(call, site), prepared=False)
         return self._known[site.x]
 
-    def _row(self, call: fx.Node, name: str) -> list[fx.Node]:
+    def _row(self, call: fx.Node, site: LinearSite | PackedSite) -> list[fx.Node]:
         select, graph = aten.select.int, self._gm.graph
-        block = str(call.meta["block"])
         with graph.inserting_before(call), self._mode:
             row = graph.call_function(select, (self._precision, 0, len(self._sites)))
             row.meta["val"] = torch.empty(self._num_choices - 1, dtype=torch.bool)
             flags = [graph.call_function(select, (row, 0, j)) for j in range(self._num_choices - 1)]
             for flag in flags:
                 flag.meta["val"] = torch.empty((), dtype=torch.bool)
-        self._sites.append(SiteSpec(f"{block}.{name.removeprefix(_prefix(name, block))}", block))
+        self._sites.append(SiteSpec(site_name(call, site), str(call.meta["block"])))
         return flags
 
     def finish(self) -> None:
@@ -188,13 +217,49 @@ class _PrecisionRows:
             self._gm.meta["sites"], self._gm.meta["num_choices"] = self._sites, self._num_choices
 
 
-def _prefix(name: str, block: str) -> str:
-    """Returns what a name in the first block of a body begins with: as many parts as the block's own name has.
+class _Balancer:
+    """Divides activations by SmoothQuant's scales: one division, fused with what makes x, for all linears of one x."""
 
-    >>> _prefix("blocks.0.mlp.fc1", "blocks.7")
-    'blocks.0.'
-    """
-    return ".".join(name.split(".")[: block.count(".") + 1]) + "."
+    def __init__(self, gm: fx.GraphModule, amax: Mapping[str, Tensor]) -> None:
+        self._gm, self._amax = gm, amax
+        self._known: dict[fx.Node, tuple[fx.Node, dict[fx.Node, fx.Node]]] = {}
+
+    def balanced(self, body: str, site: LinearSite) -> tuple[fx.Node, dict[fx.Node, fx.Node]]:
+        """Returns x / s in the body, and s in the main graph for each of its calls."""
+        if site.x not in self._known:
+            formals = placeholders(site.x.graph)
+            sites, _ = find_linears(_owner(site.x))
+            at = [formals.index(other.weight) for other in sites if other.x is site.x]
+            scales: dict[fx.Node, fx.Node] = {}
+
+            def inverse(call: fx.Node) -> list[fx.Node]:
+                amax = self._constant(call, site)
+                weights = [_args(call)[2 + i] for i in at]
+                part = trace(_scales, *values_of([amax, *weights]))
+                scales[call], reciprocal = inline(call.graph, self._gm, part, [amax, *weights], before=call)
+                return [reciprocal]
+
+            (operand,) = add_operands(self._gm, body, inverse)
+            with site.x.graph.inserting_before(_behind(site.x, operand)):
+                self._known[site.x] = add_call(site.x.graph, aten.mul.Tensor, (site.x, operand)), scales
+        return self._known[site.x]
+
+    def _constant(self, call: fx.Node, site: LinearSite) -> fx.Node:
+        name, weight = site_name(call, site), site.weight.meta["val"]
+        if len(self._amax.get(name, ())) != weight.shape[1]:
+            raise PlanError(f"the plan has no range for each input channel of {name}: calibrate this model")
+        target = "amax_" + name.replace(".", "_")
+        self._gm.register_buffer(target, self._amax[name].to(weight.device), persistent=False)
+        with call.graph.inserting_before(call), weight.fake_mode:
+            node = call.graph.get_attr(target)
+            node.meta["val"] = torch.empty(weight.shape[1], dtype=torch.float32, device=weight.device)
+        return node
+
+
+def _scales(amax: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+    largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    scales = balancing_scales(amax, largest).to(weights[0].dtype)
+    return scales, 1 / scales
 
 
 def _shape(site: LinearSite) -> LinearShape:
@@ -203,15 +268,20 @@ def _shape(site: LinearSite) -> LinearShape:
 
 
 def _operands(
-    gm: fx.GraphModule, body: str, site: LinearSite, at: int, scheme: Scheme
+    gm: fx.GraphModule, body: str, site: LinearSite, scheme: Scheme, balancer: _Balancer
 ) -> tuple[fx.Node, list[fx.Node], list[fx.Node]]:
-    """Returns, inside the body: x, rotated if the scheme says so; the parts of the weight; its low-rank factors."""
-    x, size = site.x, rotation_size(site.weight.meta["val"].shape[1]) if scheme.rotation else 1
+    """Returns, inside the body: x, balanced and rotated if asked; parts and low-rank factors of the weight."""
+    x, scales = balancer.balanced(body, site) if scheme.balance else (site.x, {})
+    at = 2 + placeholders(x.graph).index(site.weight)
+    size = rotation_size(site.weight.meta["val"].shape[1]) if scheme.rotation else 1
     if size > 1:
         x = _rotated(x, *add_operands(gm, body, lambda call: [_hadamard(_args(call)[at], size)]))
 
     def of_weight(call: fx.Node) -> list[fx.Node]:
         weight = _args(call)[at]
+        if scales:
+            with gm.graph.inserting_before(_behind(weight, scales[call])):
+                weight = add_call(gm.graph, aten.mul.Tensor, (weight, scales[call]))
         if size > 1:
             weight = _rotated(weight, _hadamard(weight, size))
         if not scheme.rank:
@@ -259,57 +329,10 @@ def _behind(*nodes: fx.Node) -> fx.Node:
     return max((*nodes, placeholders(nodes[0].graph)[-1]), key=order.__getitem__).next
 
 
-def find_linears(body: fx.GraphModule) -> tuple[list[LinearSite], list[Skip]]:
-    """Finds the linears of a body that can be quantized; those that are quantized already are passed over."""
-    sites, skips = [], []
-    for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
-        weight = _args(node)[1]
-        if weight.target is ops.dequantize or node.meta.get("low_rank"):
-            continue
-        site = LinearSite(node, weight, module_path(node))
-        if reason := _unsuited(site):
-            skips.append(Skip(site.name, reason))
-        else:
-            sites.append(site)
-    return sites, skips
-
-
-def _unsuited(site: LinearSite) -> str | None:
-    x, weight = site.x.meta["val"], site.weight.meta["val"]
-    if not is_parameter(site.weight):
-        return "its weight is computed, not a parameter"
-    if len(site.weight.users) > 1:
-        return "its weight has another use"
-    if x.dim() < 3 or x.shape[-2] == 1:
-        return "it sees one row a sample (modulation): there is little to gain and much to lose"
-    if min(weight.shape) < NARROW:
-        return f"it is only {min(weight.shape)} wide"
-    return None
-
-
-def _skips_outside(gm: fx.GraphModule, calls: list[fx.Node]) -> list[Skip]:
-    """Names the dense layers outside the blocks, with what they are."""
-    dense = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    skips = []
-    for node in gm.graph.nodes:
-        if node.target not in dense:
-            continue
-        x = _args(node)[0].meta["val"]
-        if node.target is not aten.linear.default:
-            what = "patch embedding"
-        elif x.dim() < 3 or x.shape[-2] == 1:
-            what = "timestep embedding or modulation"
-        elif order[node] > order[calls[-1]]:
-            what = "final layer"
-        else:
-            what = "embedding"
-        skips.append(Skip(module_path(node), f"{what}, outside the blocks: it stays in the model's precision"))
-    return skips
-
-
 def _quantized(x: fx.Node, form: str) -> fx.Node:
-    """Returns x̂, of the quantizer right behind x that all its linears share."""
+    """Returns x̂, of the quantizer right behind x that all its linears share; x itself where it stays plain."""
+    if form == PLAIN:
+        return x
     for user in x.users:
         if user.target is ops.quantize and user.args[1] == form:
             (hat,) = {hat for part in user.users for hat in part.users if hat.target is ops.dequantize}

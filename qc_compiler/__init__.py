@@ -72,8 +72,8 @@ def explain(model: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
     return run(model, *args, options=options, **kwargs)
 
 
-def calibrate(model: Any, generate: Any, share: float = 0.33, **kwargs: Any) -> Plan:
-    """Returns a plan that spends `share` of the block computations where they matter for this model."""
+def calibrate(model: Any, generate: Any, share: float | None = 0.33, **kwargs: Any) -> Plan:
+    """Returns a plan: which steps to compute, and how to quantize what is computed."""
     from .calibration import calibrate as run
 
     return run(model, generate, share=share, **kwargs)
@@ -86,11 +86,11 @@ def fit_rule(model: Any, generate: Any, rule: str, **kwargs: Any) -> dict[str, A
     return run(model, generate, rule, **kwargs)
 
 
-def pack_(model: Any, scheme: str) -> Any:
+def pack_(model: Any, how: str | Plan) -> Any:
     """Replaces the weights of the linears in a model's blocks by packed ones, in place, and frees them."""
     from .packing import pack_ as run
 
-    return run(model, scheme)
+    return run(model, how)
 
 
 def save_packed(model: Any, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """The composition root: Dynamo graph → passes → Inductor → runtime."""
 
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from .pipeline import PassRun, run_passes, source_key
 from .prepared import PreparedGraph, PreparedWeights
 from .runtime import GuardedGraph, Runtime
 from .show import show
+
+# Dynamo's names of what a linear calls its weight, and of what a `PackedLinear` has instead.
+_WEIGHT = re.compile(r"(.*)_(?:parameters|buffers)_(weight|part_\d+|reciprocal|down|up)_?")
 
 if Path(passes.__file__).parent.parent != Path(__file__).parent.parent:
     raise ImportError(
@@ -65,15 +69,19 @@ def quantcache(
         return compile_plain(gm, list(example_inputs), config_patches=inductor)
     runtime = registry.runtime_for(example_inputs, options or {}, parsed)
     rewritten = copy_of(gm)
+    rewritten.meta["tensors"] = {str(node.target): value for node, value in zip(placeholders(gm.graph), example_inputs)}
     try:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
             raise UnsupportedModelError(
                 "gradients are enabled, and cached residuals have none: call the model under torch.no_grad()"
             )
-        runtime.reports = rewrite(rewritten, parsed)
+        runtime.reports = rewrite(rewritten, parsed, lambda name, now: _keep_shared(runtime, name, now))
+        rewritten.meta.pop("tensors")
         if not body_calls(rewritten):
             raise _no_blocks(runtime)
         graph = _guarded_graph(rewritten, len(example_inputs), runtime) if parsed.caches else None
+        if parsed.plan is not None and graph is None:
+            parsed.plan.check_model(fingerprint(rewritten), ())
     except UnsupportedModelError as error:
         if parsed.strict:
             raise
@@ -87,7 +95,8 @@ def quantcache(
         compiled = compile_guarded(rewritten, config_patches=inductor)
     if "prepare" in rewritten.meta:
         weights = _prepared_weights(rewritten, example_inputs, runtime)
-        compiled = PreparedGraph(compiled, weights, len(example_inputs), "sites" in rewritten.meta)
+        sources, at = rewritten.meta["prepare"].meta["sources"], len(example_inputs) + ("sites" in rewritten.meta)
+        compiled = PreparedGraph(compiled, weights, sources, at)
     if graph is None:
         return compiled
     graph.compiled = compiled
@@ -98,6 +107,16 @@ def _prepared_weights(gm: fx.GraphModule, inputs: Sequence[Any], runtime: Runtim
     prepare = gm.meta["prepare"]
     key = (show(prepare), tuple(id(inputs[i]) for i in prepare.meta["sources"]))
     return runtime.prepared.setdefault(key, PreparedWeights(prepare))
+
+
+def _keep_shared(runtime: Runtime, name: str, gm: fx.GraphModule) -> None:
+    """Keeps the model's graph as calibration runs it: blocks found and shared, nothing added yet."""
+    if name == "share-bodies":
+        runtime.shared = copy_of(gm)
+        runtime.shared.meta.pop("tensors")  # the runtime outlives neither the model nor weights that it packs
+        for node in runtime.shared.graph.find_nodes(op="get_attr"):
+            child = getattr(gm, str(node.target))
+            setattr(runtime.shared, str(node.target), copy_of(child) if isinstance(child, fx.GraphModule) else child)
 
 
 def _no_blocks(runtime: Runtime) -> UnsupportedModelError:
@@ -140,13 +159,18 @@ def rewrite(
 
 
 def fingerprint(gm: fx.GraphModule) -> str:
-    """Returns a hash of a model's structure: shapes and dtypes of its parameters."""
-    parameters = sorted(
-        f"{tuple(node.meta['val'].shape)}{node.meta['val'].dtype}"
-        for node in placeholders(gm.graph)
-        if is_parameter(node)
-    )
-    return hashlib.sha256(repr(parameters).encode()).hexdigest()
+    """Returns a hash of a model's structure: its modules that hold parameters, and what is no weight of theirs.
+
+    A packed model has the fingerprint of the original.
+    """
+    found = set()
+    for node in placeholders(gm.graph):
+        if is_parameter(node):
+            name, value = str(node.meta["source"]), node.meta["val"]
+            weight = _WEIGHT.fullmatch(name)
+            is_matrix = weight is not None and (value.dim() > 1 or weight[2] != "weight")
+            found.add(weight[1] if weight and is_matrix else f"{name} {tuple(value.shape)} {value.dtype}")
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
 
 
 def _symbols(formals: Sequence[fx.Node]) -> dict[sympy.Symbol, int]:

@@ -89,7 +89,9 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
     graphs: list[GraphExplanation] = []
 
     def explaining_backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        graphs.append(_explain_graph(copy_of(gm), len(example_inputs), parsed))
+        copy = copy_of(gm)
+        copy.meta["tensors"] = {str(node.target): value for node, value in zip(placeholders(gm.graph), example_inputs)}
+        graphs.append(_explain_graph(copy, len(example_inputs), parsed))
         return gm.forward
 
     with torch.no_grad():

@@ -110,13 +110,15 @@ class Interface:
 
     Inputs: the model's, then `precision` (bool, CPU, site × choice) if linears have several precisions, prepared
     weights, `decisions` (bool, CPU, one element a region), `weights` (float32, region × depth),
-    then for each slot `depth` values. Outputs: the model's, then the sums of each region, then each slot's new value.
+    then for each slot `depth` values, then the correction of the output (float32, channel × 2) if there is one.
+    Outputs: the model's, then the sums of each region, then each slot's new value.
     """
 
     regions: list[RegionSpec] = field(default_factory=list)
     slots: list[SlotSpec] = field(default_factory=list)
     sites: list[SiteSpec] = field(default_factory=list)
     num_choices: int = 1
+    num_channels: int | None = None
     depth: int = 1
     num_outputs: int = 0
     glue_flops: float = 0.0
@@ -352,7 +354,8 @@ def outline(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], results: Sequen
     for node in nodes:
         copies[node] = graph.node_copy(node, lambda old: copies[old])
     graph.output(tuple(copies[node] for node in results))
-    return fx.GraphModule({}, graph)
+    attributes = [str(node.target) for node in nodes if node.op == "get_attr"]
+    return fx.GraphModule({name: getattr(nodes[0].graph.owning_module, name) for name in attributes}, graph)
 
 
 def external_inputs(nodes: Sequence[fx.Node]) -> list[fx.Node]:
@@ -486,7 +489,7 @@ def _evaluate(node: fx.Node) -> Any:
     with fake_mode_of([tensor for arg in node.all_input_nodes for tensor in _tensors(arg.meta.get("val"))]):
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # which of them depends on how far the strides are from a view's
             if node.target is not aten.view.default:
                 raise
             node.target = aten.reshape.default

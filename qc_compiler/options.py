@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OptionError, nearest
-from .formats.schemes import schemes_of
+from .formats.schemes import PLAIN, Recipe, Scheme, recipe_of
 from .plan import Plan
 
 LEVELS = ("output", "network", "group", "block", "sublayer")
@@ -40,11 +40,15 @@ class Options:
         polynomial, ratios: What `fit_rule` found for `teacache` and `magcache`; None takes the rule's default.
         num_steps: Steps of a trajectory, if known. Needed where no timestep input is found.
         plan: A `Plan` or the path of one; decides instead of `cache`.
-        quantize: How the linears of the blocks are quantized: `w8a8`, `w4a8`, `w4a6`, `fp8`, `nvfp4`, or `dmpq`, which
-            chooses at every step; None not at all. `+rotation` and `+rank32` behind a name rotate weights and
-            activations by a Hadamard matrix, and keep 32 singular directions of a weight in full precision. Where
-            this device has no faster kernel linears stay as they are.
-        precision_threshold: What `dmpq` compares its predicted error with; None takes the rule's default.
+        quantize: How the linears of the blocks are quantized: `w8a8`, `w4a8`, `w4a6`, `fp8`, `nvfp4`; `importance`,
+            which gives each weight 4, 8 or 16 bits; or `dmpq`, which chooses at every step. None takes what the plan
+            was calibrated for. Behind a name `+rotation` rotates weights and activations by a Hadamard matrix,
+            `+rank32` keeps 32 singular directions of a weight in full precision, `+balance` moves outlier channels
+            into the weights (needs a plan), and `+online` or `+inverse` chooses 4, 6, 8 or 16 bits for the activations
+            at every step. Where this device has no faster kernel linears stay as they are.
+        bits: Mean bits of a weight for `importance`.
+        precision_threshold: What `dmpq` compares its predicted error with, or the lowest limit of `+online`; None takes
+            the plan's or the rule's default.
         emulate: Quantize there as well, in plain torch: slow, for measuring what a format does to quality.
         strict: Raise `UnsupportedModelError` where quantcache would run plain Inductor.
         timestep: Name of the timestep input, if it is not found by itself.
@@ -66,6 +70,7 @@ class Options:
     num_steps: int | None = None
     plan: Plan | None = None
     quantize: str | None = None
+    bits: float = 5.0
     precision_threshold: float | None = None
     emulate: bool = False
     strict: bool = False
@@ -83,17 +88,42 @@ class Options:
     @property
     def exact(self) -> bool:
         """Whether nothing is to be done to the graph."""
-        return not self.caches and self.quantize is None
+        return not self.caches and self.recipe is None
 
     @property
     def caches(self) -> bool:
         """Whether anything is guarded."""
-        return self.cache != "off" or self.plan is not None or self.chooses_precision
+        return self.cache != "off" or self.scheduled or self.chooses_precision or self.compensates
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a plan decides what is computed, in place of `cache`."""
+        return self.plan is not None and self.plan.has_schedule
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the model's output is corrected (VC)."""
+        return self.plan is not None and self.plan.compensation is not None
 
     @property
     def chooses_precision(self) -> bool:
         """Whether the linears have several precisions, of which a rule takes one at every step."""
-        return _num_schemes(self.quantize) > 1
+        return self.recipe is not None and self.recipe.rule is not None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What is done to the linears, or None."""
+        return recipe_of(self.quantize) if self.quantize else None
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes of the linears; for `dmpq` with a third where calibration found outliers (PDR)."""
+        if self.recipe is None:
+            return ()
+        schemes, known = self.recipe.schemes, self.plan.quantization if self.plan else None
+        if self.recipe.rule == "dmpq" and known is not None and known.has_outliers.any():
+            schemes += (replace(schemes[-1], activation=PLAIN),)
+        return schemes
 
     @property
     def guards_output(self) -> bool:
@@ -108,11 +138,11 @@ class Options:
     @property
     def has_probe(self) -> bool:
         """Whether the graph measures the modulated input of the first block, which only TeaCache reads."""
-        return self.cache == "teacache" and self.plan is None
+        return self.cache == "teacache" and not self.scheduled
 
     @property
     def depth(self) -> int:
-        return self.plan.depth if self.plan else self.cache_order + 1
+        return self.plan.depth if self.plan and self.scheduled else self.cache_order + 1
 
 
 def parse_options(options: Mapping[str, Any] | None) -> Options:
@@ -129,16 +159,20 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
             raise OptionError(f"unknown option {name!r}: {nearest(name, valid)}")
     preset = given.get("preset", Options.preset)
     _one_of("preset", preset, PRESETS)
-    explicit = "cache" in given or "plan" in given
+    plan = given["plan"] = _read_plan(given.get("plan"))
+    explicit = "cache" in given or (plan is not None and plan.has_schedule)
     values = {} if explicit else dict(PRESETS[preset])
     if explicit and given.get("cache") in ("tdc", "first_block", "magcache"):
         values["level"] = "block"
     values |= given
-    if "level" not in given and _num_schemes(given.get("quantize")) > 1:  # its rule reads the statistics of blocks
+    if plan is not None and plan.quantization is not None:
+        values["quantize"] = values.get("quantize") or plan.quantization.recipe
+    if "level" not in given and _has_rule(values.get("quantize")):  # which reads the statistics of blocks
         values["level"] = "output+block" if str(values.get("level")).startswith("output") else "block"
-    plan = values["plan"] = _read_plan(values.get("plan"))
-    if plan is not None:
-        values |= {"level": plan.level, "cache_order": plan.depth - 1}
+    if plan is not None and plan.compensation is not None and values.get("cache") == "off":
+        values.setdefault("level", "output")
+    if plan is not None and plan.has_schedule:
+        values |= {"level": _finer(plan.level, values), "cache_order": plan.depth - 1}
     disable = values.get("disable", ())
     if not isinstance(disable, (str, list, tuple)) or not all(isinstance(name, str) for name in disable):
         raise OptionError(f"disable={disable!r}: expected names of passes")
@@ -146,8 +180,13 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     return check(Options(**values))
 
 
-def _num_schemes(quantize: str | None) -> int:
-    return 0 if quantize is None else len(schemes_of(quantize))
+def _has_rule(quantize: Any) -> bool:
+    return quantize is not None and recipe_of(quantize).rule is not None
+
+
+def _finer(level: str, values: Mapping[str, Any]) -> str:
+    """Returns the level of a plan, with the blocks' statistics where a rule for precisions reads them."""
+    return "output+block" if level == "output" and _has_rule(values.get("quantize")) else level
 
 
 def _read_plan(plan: Any) -> Plan | None:
@@ -167,7 +206,7 @@ def check(options: Options) -> Options:
     _one_of("cache", options.cache, CACHES)
     _one_of("cache_dtype", options.cache_dtype, CACHE_DTYPES)
     _one_of("level", options.level, (*LEVELS, *(f"output+{level}" for level in LEVELS if level != "output")))
-    if options.plan is None:
+    if not options.scheduled:
         _at_least("cache_order", options.cache_order, 0)
         if options.cache_order > 2:
             raise OptionError(f"cache_order={options.cache_order}: expected 0, 1 or 2")
@@ -187,7 +226,7 @@ def check(options: Options) -> Options:
         if not isinstance(getattr(options, name), bool):
             raise OptionError(f"{name}={getattr(options, name)!r}: expected True or False")
     if options.quantize is not None:
-        schemes_of(options.quantize)
+        _check_quantize(options)
     if options.chooses_precision and options.graph_level not in ("block", "sublayer"):
         raise OptionError(
             f"quantize={options.quantize!r} decides by the statistics of blocks: level={options.level!r} must be "
@@ -197,11 +236,28 @@ def check(options: Options) -> Options:
         raise OptionError(f"timestep={options.timestep!r}: expected the name of an input")
     if options.cache == "first_block" and options.graph_level != "block":
         raise OptionError(f"cache='first_block' compares block residuals: level={options.level!r} must be 'block'")
-    if options.cache == "teacache" and options.plan is None and options.graph_level is None:
+    if options.cache == "teacache" and not options.scheduled and options.graph_level is None:
         raise OptionError(
             "cache='teacache' reads the input of the first block: level='output' must be 'network' or finer"
         )
     return options
+
+
+def _check_quantize(options: Options) -> None:
+    recipe, known = recipe_of(str(options.quantize)), options.plan.quantization if options.plan else None
+    is_number = isinstance(options.bits, (int, float)) and not isinstance(options.bits, bool)
+    if not is_number or not 4 <= options.bits <= 16:
+        raise OptionError(f"bits={options.bits!r}: expected a number from 4 to 16")
+    if known is not None and known.recipe != options.quantize:
+        raise OptionError(
+            f"quantize={options.quantize!r}: the plan's linears were measured for {known.recipe!r}; leave the option "
+            "out, or calibrate again"
+        )
+    if recipe.schemes[0].balance and (known is None or not known.amax):
+        raise OptionError(
+            f"quantize={options.quantize!r} needs the range of each linear's input: pass the plan of "
+            f"qc_compiler.calibrate(model, generate, quantize={options.quantize!r})"
+        )
 
 
 def changed(options: Options, changes: Mapping[str, Any]) -> Options:
@@ -216,12 +272,30 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
                 f"option {name!r} cannot change without a new torch.compile: {nearest(name, Options.STEERING)}"
             )
     new = check(replace(options, **{**changes, "plan": _read_plan(changes.get("plan", options.plan))}))
-    if new.plan and (new.plan.level, new.plan.depth) != (options.level, options.depth):
+    if new.plan and new.scheduled and not new.plan.fits(options.level, options.depth):
         raise OptionError(
             f"plan=… for level={new.plan.level!r} and cache_order={new.plan.depth - 1} needs a new torch.compile: this "
             f"model was compiled with level={options.level!r} and cache_order={options.depth - 1}"
         )
+    _check_linears(options, new)
+    if new.compensates and not options.compensates:
+        raise OptionError("plan=… with a compensation needs a new torch.compile: this model's graph has no correction")
     return new
+
+
+def _check_linears(old: Options, new: Options) -> None:
+    """Refuses a plan whose linears a graph cannot follow: formats, bits and ranges are built into it."""
+    known, before = (o.plan.quantization if o.plan else None for o in (new, old))
+    if known is None or known is before:
+        return
+    recipe = recipe_of(known.recipe)
+    if known.recipe != old.quantize:
+        why = f"this model was compiled with quantize={old.quantize!r}"
+    elif recipe.allocated or recipe.schemes[0].balance:
+        why = "the bits and ranges it was compiled with stay"
+    else:
+        return
+    raise OptionError(f"plan=… for linears quantized as {known.recipe!r} needs a new torch.compile: {why}")
 
 
 def _one_of(name: str, value: Any, valid: Any) -> None:

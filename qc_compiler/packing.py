@@ -11,9 +11,11 @@ quantcache it becomes this device's kernel.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,12 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import ops
-from .errors import OptionError, PackedFileError, QuantCacheError, nearest
+from . import ops, registry
+from .errors import OptionError, PackedFileError, PlanError, QuantCacheError, nearest
 from .formats import parse_format
-from .formats.schemes import SCHEMES, Scheme
+from .formats.schemes import PLAIN, SCHEMES, WEIGHTS, Scheme, recipe_of
+from .formats.transforms import balancing_scales, hadamard, low_rank, rotate, rotation_size
+from .plan import Plan, Quantization
 
-VERSION = 1
+VERSION = 2
 
 
 class PackedLinear(nn.Module):
@@ -37,19 +41,41 @@ class PackedLinear(nn.Module):
         scheme: Formats of weight and activations.
         bias: As of the linear it replaces.
         part_0, part_1, …: The weight (N, K): packed codes, then scales.
+        reciprocal: What x is multiplied by first, (K,); of balanced weights only.
+        down, up: (r, K) and (N, r), the branch in full precision; of weights with one.
     """
 
     bias: nn.Parameter | None
+    reciprocal: Tensor
+    down: Tensor
+    up: Tensor
 
-    def __init__(self, linear: nn.Linear, scheme: Scheme) -> None:
+    def __init__(self, linear: nn.Linear, scheme: Scheme, scales: Tensor | None = None) -> None:
+        """
+        Args:
+            linear: Whose weight is packed.
+            scheme: How.
+            scales: (K,), what balancing divides x by; needed if the scheme balances.
+        """
         super().__init__()
         self.in_features, self.out_features, self.scheme = linear.in_features, linear.out_features, scheme
         self.dtype = linear.weight.dtype
         self.register_parameter("bias", linear.bias)
+        weight = linear.weight.detach()
+        if scheme.balance:
+            assert scales is not None
+            weight = weight * scales.to(weight.dtype)
+            self.register_buffer("reciprocal", 1 / scales.to(weight.dtype))
+        if scheme.rotation and (size := rotation_size(self.in_features)) > 1:
+            weight = rotate(weight, hadamard(size, weight.device))
+        if scheme.rank:
+            up, down, weight = low_rank(weight, scheme.rank)
+            self.register_buffer("down", down)
+            self.register_buffer("up", up)
         form = parse_format(scheme.weight)
         self._num_parts = form.num_parts
-        codes, *scales = form.quantize(linear.weight.detach())
-        for i, part in enumerate((form.pack(codes), *scales)):
+        codes, *others = form.quantize(weight)
+        for i, part in enumerate((form.pack(codes), *others)):
             self.register_buffer(f"part_{i}", part)
 
     @property
@@ -57,22 +83,27 @@ class PackedLinear(nn.Module):
         return [getattr(self, f"part_{i}") for i in range(self._num_parts)]
 
     def dequantize(self) -> Tensor:
-        """Returns ŵ (N, K) in the dtype of the original weight."""
+        """Returns the packed part of ŵ (N, K), balanced and rotated as it is, in the dtype of the original weight."""
         return ops.dequantize(self.parts, self.scheme.weight, self.dtype, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x̂·ŵᵀ + b, (…, N); an x with one row a sample (a modulation) is not quantized."""
-        if x.dim() > 2 and x.shape[-2] > 1:
-            x = ops.dequantize(ops.quantize(x, self.scheme.activation), self.scheme.activation, x.dtype)
+        x = x * self.reciprocal if "reciprocal" in self._buffers else x
+        if self.scheme.rotation and (size := rotation_size(self.in_features)) > 1:
+            x = rotate(x, hadamard(size, x.device))
+        x_hat = x
+        if x.dim() > 2 and x.shape[-2] > 1 and self.scheme.activation != PLAIN:
+            x_hat = ops.dequantize(ops.quantize(x, self.scheme.activation), self.scheme.activation, x.dtype)
         weight = ops.dequantize(self.parts, self.scheme.weight, x.dtype, self.in_features)
-        return F.linear(x, weight, self.bias)
+        y = F.linear(x_hat, weight, self.bias)
+        return y + F.linear(F.linear(x, self.down), self.up) if "down" in self._buffers else y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight={self.scheme.weight}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """Moves the weight, but never converts it: `model.to(torch.bfloat16)` must not round scales."""
-        kept = {name: part.dtype for name, part in self._buffers.items() if part is not None}
+        """Moves the packed weight, but never converts it: `model.to(torch.bfloat16)` must not round scales."""
+        kept = {name: self._buffers[name].dtype for name in self._buffers if name.startswith("part_")}  # type: ignore[union-attr]
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, dtype in kept.items():
@@ -85,38 +116,86 @@ class PackedLinear(nn.Module):
         return self
 
 
-def pack_(model: nn.Module, scheme: str) -> nn.Module:
+def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
     """Replaces the weights of the linears in a model's blocks by packed ones, in place, and frees them.
 
     Embeddings and the final layer, outside the blocks, keep their precision.
 
     Args:
         model: Plain or compiled; a compiled one must be compiled again.
-        scheme: `w8a8`, `w4a8`, `w4a6`, `fp8` or `nvfp4`.
+        how: A value of the option `quantize` with one scheme, such as `nvfp4` or `w4a8+rotation`; or a plan that was
+            calibrated with `quantize`, whose bits, ranges and formats are taken.
 
     Returns:
         The model.
 
     Raises:
-        OptionError: the scheme is unknown.
+        OptionError: the name is unknown, chooses at every step, or needs a plan.
+        PlanError: the plan says nothing about linears, or is for another model.
         QuantCacheError: the model has no linears in a list of blocks, or is packed already.
     """
-    if scheme not in SCHEMES:
-        raise OptionError(f"pack_(model, {scheme!r}): {nearest(str(scheme).split('+')[0], SCHEMES)}")
+    known = how.quantization if isinstance(how, Plan) else None
+    if isinstance(how, Plan) and known is None:
+        raise PlanError("the plan says nothing about linears: calibrate(model, generate, quantize=...)")
+    name = known.recipe if known else str(how)
+    recipe = recipe_of(name)
+    scheme = [scheme for scheme in recipe.schemes if scheme.activation != PLAIN][-1]
+    if known is None and (recipe.allocated or scheme.balance):
+        raise OptionError(f"pack_(model, {name!r}) needs a plan: calibrate(model, generate, quantize={name!r})")
+    if len({s.weight for s in recipe.schemes}) > 1 or (recipe.rule and known is None):
+        raise OptionError(f"pack_(model, {name!r}): it chooses at every step; {nearest(name, SCHEMES)}")
     module = getattr(model, "_orig_mod", model)
+    if any(isinstance(child, PackedLinear) for child in module.modules()):
+        raise QuantCacheError(f"{type(module).__name__} is packed already: pack the original model")
     names = _linears_of_blocks(module)
     if not names:
-        packed = any(isinstance(child, PackedLinear) for child in module.modules())
         raise QuantCacheError(
-            f"{type(module).__name__} is packed already: pack the original model"
-            if packed
-            else f"{type(module).__name__} has no nn.Linear inside an nn.ModuleList, so there is nothing to pack"
+            f"{type(module).__name__} has no nn.Linear inside an nn.ModuleList, so there is nothing to pack"
         )
-    for name in names:
+    schemes = dict.fromkeys(names, scheme) if known is None else _planned(known, scheme, module)
+    scales = {name: _scales(known, name, module) for name in schemes} if known and scheme.balance else {}
+    registry.forget_weights(module)
+    packed: dict[nn.Module, PackedLinear] = {}  # a linear may stand in several places
+    for name, chosen in schemes.items():
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        _replace(module, name, PackedLinear(linear, SCHEMES[scheme]))
+        if linear not in packed:
+            packed[linear] = PackedLinear(linear, chosen, scales.get(name))
+        _replace(module, name, packed[linear])
+    for name in names:
+        if (linear := module.get_submodule(name)) in packed:
+            _replace(module, name, packed[linear])
     return model
+
+
+def _planned(known: Quantization, scheme: Scheme, module: nn.Module) -> dict[str, Scheme]:
+    """Returns the scheme of each linear that the plan quantizes."""
+    schemes = {}
+    for name, bits in zip(known.sites, known.bits):
+        linear = _submodule(module, name)
+        if not isinstance(linear, nn.Linear):
+            raise PlanError(f"the plan quantizes {name!r}, which is no nn.Linear of this {type(module).__name__}")
+        if not recipe_of(known.recipe).allocated:
+            schemes[name] = scheme
+        elif int(bits) in WEIGHTS:
+            schemes[name] = replace(scheme, weight=WEIGHTS[int(bits)])
+    return schemes
+
+
+def _scales(known: Quantization, name: str, module: nn.Module) -> Tensor:
+    """Returns what balancing divides the input of a linear by, the same for all of its block that read this input."""
+    amax, block = known.amax[known.index(name)], _block_of(module, name)
+    readers = [
+        site
+        for site, other in zip(known.sites, known.amax)
+        if np.array_equal(amax, other) and _block_of(module, site) == block
+    ]
+    width = module.get_submodule(name).in_features
+    if len(amax) != width:
+        raise PlanError(f"the plan knows {len(amax)} inputs of {name!r}, which has {width}: calibrate this model")
+    weights = [module.get_parameter(f"{reader}.weight").detach() for reader in readers]
+    largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    return balancing_scales(torch.from_numpy(amax).to(largest.device), largest)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -135,10 +214,7 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     packed = {name: child for name, child in module.named_modules() if isinstance(child, PackedLinear)}
     if not packed:
         raise QuantCacheError(f"{type(module).__name__} is not packed: call qc_compiler.pack_(model, 'nvfp4') first")
-    linears = {
-        name: _Linear(weight=child.scheme.weight, activation=child.scheme.activation, dtype=_name_of(child.dtype))
-        for name, child in packed.items()
-    }
+    linears = {name: _Linear(**asdict(child.scheme), dtype=_name_of(child.dtype)) for name, child in packed.items()}
     header = _Header(version=VERSION, linears=linears)
     tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(module).items()}
     save_file(tensors, str(path), metadata={"quantcache_packed": header.model_dump_json()})
@@ -161,12 +237,15 @@ def load_packed(model: nn.Module, path: str | Path, device: str | torch.device =
     _check(module, header, tensors, path)
     for name, linear in header.linears.items():
         _replace(module, name, _shell(module.get_submodule(name), linear))
+    tied = _tied(module)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         if leaf in parent._parameters:
             old = parent._parameters[leaf]
-            parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=bool(old is not None and old.requires_grad))
+            new = nn.Parameter(tensor, requires_grad=bool(old is not None and old.requires_grad))
+            for other, key in tied.get(id(old), [(parent, leaf)]):
+                other._parameters[key] = new
         else:
             parent._buffers[leaf] = tensor
     return model
@@ -177,6 +256,9 @@ class _Linear(BaseModel):
 
     weight: str
     activation: str
+    rotation: bool
+    rank: int
+    balance: bool
     dtype: str
 
 
@@ -203,7 +285,8 @@ def _read(path: str | Path, device: str) -> tuple[_Header, dict[str, Tensor]]:
     try:
         header = _Header.model_validate_json(text)
         for linear in header.linears.values():
-            parse_format(linear.weight), parse_format(linear.activation), _dtype_of(linear.dtype)
+            parse_format(linear.weight), _dtype_of(linear.dtype)
+            linear.activation == PLAIN or parse_format(linear.activation)
     except (ValidationError, OptionError, AttributeError) as error:
         raise PackedFileError(f"{path}: its header is invalid: {str(error).splitlines()[0]}") from error
     if header.version != VERSION:
@@ -217,11 +300,8 @@ def _check(module: nn.Module, header: _Header, tensors: dict[str, Tensor], path:
         shape = expected.pop(f"{name}.weight", None)
         if shape is None or len(shape) != 2:
             raise PackedFileError(f"{path} packs {name!r}, which is no linear of this {type(module).__name__}")
-        with torch.device("meta"):
-            form = parse_format(linear.weight)
-            codes, *scales = form.quantize(torch.empty(shape))
-            parts = (form.pack(codes), *scales)
-        expected |= {f"{name}.part_{i}": tuple(part.shape) for i, part in enumerate(parts)}
+        shell = _shell(module.get_submodule(name), linear)
+        expected |= {f"{name}.{part}": tuple(tensor.shape) for part, tensor in shell.named_buffers()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -238,18 +318,27 @@ def _shell(linear: Any, saved: _Linear) -> PackedLinear:
         empty = nn.Linear(
             linear.in_features, linear.out_features, linear.bias is not None, dtype=_dtype_of(saved.dtype)
         )
-        shell = PackedLinear(empty, Scheme(saved.weight, saved.activation))
+        scheme = Scheme(**saved.model_dump(exclude={"dtype"}))
+        shell = PackedLinear(empty, scheme, torch.empty(linear.in_features))
     if linear.bias is not None:
         shell.bias = linear.bias
     return shell
 
 
+def _block_of(module: nn.Module, name: str) -> str:
+    """Returns the entry of the outermost list that a module lies in."""
+    parts = name.split(".")
+    depths = [i for i in range(len(parts)) if isinstance(module.get_submodule(".".join(parts[:i])), nn.ModuleList)]
+    return ".".join(parts[: depths[0] + 1]) if depths else ""
+
+
 def _linears_of_blocks(module: nn.Module) -> list[str]:
+    """Returns the names of plain linears in lists of blocks; a subclass may compute something else."""
     lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
     return [
         name
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Linear) and any(name.startswith(f"{prefix}.") for prefix in lists)
+        for name, child in module.named_modules(remove_duplicate=False)
+        if type(child) is nn.Linear and any(name.startswith(f"{prefix}.") for prefix in lists)
     ]
 
 
@@ -260,9 +349,26 @@ def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
     setattr(module.get_submodule(owner), leaf, new)
 
 
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns parameters and all buffers, those outside the state dict as well: a meta model has none of its own."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _tied(module: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Returns for each parameter, by its id, all places where it stands."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((owner, leaf))
+    return places
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -1,7 +1,9 @@
 """Plan: what is computed where and when, found by calibration; one safetensors file with JSON in its header."""
 
+import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,17 @@ from safetensors.numpy import save_file
 
 from .errors import PlanError
 
-VERSION = 1
+VERSION = 2
+
+
+class _Quantization(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    recipe: str
+    sites: list[str]
+    threshold: float
+    regions: list[str]
+    widths: list[int]
 
 
 class _Header(BaseModel):
@@ -29,15 +41,75 @@ class _Header(BaseModel):
     streams: list[str]
     timesteps: list[float]
     measured: dict[str, float]
+    quantization: _Quantization | None
     checksum: str
+
+
+_OF_SITES = ("bits", "ratios", "alpha", "beta", "noise")
+OUTLIER_RATIO = 25.0  # max|X| / mean|X| above which PDR leaves activations in full precision
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What calibration found out about the linears of a model.
+
+    Attributes:
+        recipe: The value of the option `quantize` it was made for.
+        sites: Module paths of the linears, S of them.
+        bits: int8 (S,): what `importance` gives each weight.
+        ratios: float32 (S,): the largest max|X| / mean|X| of a linear's input.
+        alpha, beta: float32 (S,): DMPQ's prediction of the error in the lowest precision, α·Γ + β.
+        threshold: Of the predicted error, for the mean bits that were asked for.
+        amax: For each site float32 (K,), the largest magnitude of each input channel; empty if not needed.
+        noise: float32 (choices, regions): relL1 that quantization adds to a residual's change from step to step.
+        regions: Names of those regions.
+    """
+
+    recipe: str
+    sites: tuple[str, ...]
+    bits: NDArray[np.int8]
+    ratios: NDArray[np.float32]
+    alpha: NDArray[np.float32]
+    beta: NDArray[np.float32]
+    threshold: float = 0.5
+    amax: tuple[NDArray[np.float32], ...] = ()
+    noise: NDArray[np.float32] = field(default_factory=lambda: np.zeros((1, 0), dtype=np.float32))
+    regions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "ratios", "alpha", "beta"):
+            if getattr(self, name).shape != (len(self.sites),):
+                raise PlanError(f"a plan for {len(self.sites)} linears needs as many {name}: calibrate again")
+        if len(self.amax) not in (0, len(self.sites)) or self.noise.shape[1:] != (len(self.regions),):
+            raise PlanError("the plan's ranges or noise do not belong to its linears and regions: calibrate again")
+
+    @property
+    def has_outliers(self) -> NDArray[np.bool_]:
+        """bool (S,)"""
+        return self.ratios > OUTLIER_RATIO
+
+    def index(self, site: str) -> int:
+        """Returns the number of a linear.
+
+        Raises:
+            PlanError: nothing was measured for it.
+        """
+        if site not in self.sites:
+            raise PlanError(f"the plan says nothing about the linear {site!r}: calibrate this model as it is compiled")
+        return self.sites.index(site)
+
+    def region_of(self, name: str) -> int | None:
+        """Returns the column of `noise` for a region: its own, or that of the block it lies in; None if unknown."""
+        block = name.partition("/")[0]
+        return next((self.regions.index(r) for r in (name, block) if r in self.regions), None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule for one model and one list of timesteps.
+    """A schedule for one model and one list of timesteps, what is known of its linears, or both.
 
     Attributes:
-        fingerprint: Of the model: its parameters' shapes and dtypes.
+        fingerprint: Of the model: its modules, and shapes and dtypes of what is not packed (biases, norms).
         level: The level whose regions the plan steers, as in the option `level`.
         regions: Names of the regions, one a column.
         timesteps: What the model is called with at each step, in order; N of them.
@@ -46,6 +118,10 @@ class Plan:
             first, in each of S streams.
         streams: Names of the streams: the user's, or "0", "1" … for the calls with one timestep, in order.
         measured: What calibration measured, e.g. `share` and `error`.
+        quantization: What is known of the linears, or None.
+        compensation: float32 (S, N, C, 2): shift and gain of each channel of the model's output (VC), or None.
+
+    A plan without regions has no schedule: the option `cache` decides.
     """
 
     fingerprint: str
@@ -56,6 +132,8 @@ class Plan:
     weights: NDArray[np.float32]
     streams: tuple[str, ...] = ("0",)
     measured: dict[str, float] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    compensation: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.timesteps), len(self.regions))
@@ -65,10 +143,24 @@ class Plan:
                 f"a plan of {shape[0]} steps and {shape[1]} regions needs compute {shape} and weights "
                 f"{(*wanted, 'depth')}, got {self.compute.shape} and {self.weights.shape}"
             )
-        if 0 in self.weights.shape:
+        if 0 in self.weights.shape and self.has_schedule:
             raise PlanError(f"a plan needs a stream, a step, a region and a depth, got weights {self.weights.shape}")
         if not np.isfinite(self.weights).all():
             raise PlanError("the plan's weights are not all finite: calibrate again")
+        if self.compensation is not None and (
+            self.compensation.ndim != 4
+            or self.compensation.shape[:2] != (len(self.streams), len(self.timesteps))
+            or self.compensation.shape[3] != 2
+            or not np.isfinite(self.compensation).all()
+        ):
+            raise PlanError(
+                f"a plan of {len(self.streams)} streams and {len(self.timesteps)} steps cannot hold a compensation "
+                f"{self.compensation.shape}: calibrate again"
+            )
+
+    @property
+    def has_schedule(self) -> bool:
+        return bool(self.regions)
 
     @property
     def depth(self) -> int:
@@ -99,12 +191,18 @@ class Plan:
         """Returns the weights (R, depth) of a step; a stream the plan does not know takes those of the first."""
         return self.weights[self.streams.index(stream) if stream in self.streams else 0, step]
 
+    def fits(self, level: str, depth: int) -> bool:
+        """Whether a graph compiled for this level and depth can be steered by the schedule."""
+        is_host_only = self.level == "output" and level.startswith("output")
+        return self.depth == depth and (level == self.level or is_host_only)
+
     def check_model(self, fingerprint: str, regions: tuple[str, ...]) -> None:
         """
         Raises:
             PlanError: the plan was calibrated on another model.
         """
-        if self.regions != regions or self.fingerprint != fingerprint:
+        known = regions[: len(self.regions)] if self.level == "output" else regions
+        if (self.has_schedule and self.regions != known) or self.fingerprint != fingerprint:
             raise PlanError(
                 f"the plan is for a model with {len(self.regions)} regions and fingerprint {self.fingerprint[:12]}, "
                 f"this model has {len(regions)} and {fingerprint[:12]}: calibrate this model"
@@ -112,6 +210,15 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
+        header, arrays = self._parts()
+        save_file(arrays, str(path), metadata={"quantcache_plan": json.dumps(header)})
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Equal for plans that say the same."""
+        return str(self._parts()[0]["checksum"])
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         arrays: dict[str, NDArray[Any]] = {
             "compute": self.compute.astype(np.uint8),
             "weights": self.weights.astype(np.float32),
@@ -124,9 +231,23 @@ class Plan:
             "streams": list(self.streams),
             "timesteps": list(map(float, self.timesteps)),
             "measured": self.measured,
+            "quantization": None,
         }
+        if self.compensation is not None:
+            arrays["compensation"] = self.compensation.astype(np.float32)
+        if known := self.quantization:
+            header["quantization"] = {
+                "recipe": known.recipe,
+                "sites": list(known.sites),
+                "threshold": known.threshold,
+                "regions": list(known.regions),
+                "widths": [len(amax) for amax in known.amax],
+            }
+            arrays |= {name: getattr(known, name) for name in _OF_SITES}
+            arrays["amax"] = np.concatenate([*known.amax, np.zeros(0, dtype=np.float32)])
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # safetensors writes the memory
         header["checksum"] = _checksum(header, arrays)
-        save_file(arrays, str(path), metadata={"quantcache_plan": json.dumps(header)})
+        return header, arrays
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -153,7 +274,8 @@ class Plan:
             raise PlanError(f"{path}: plan version {header.version}, this quantcache reads {VERSION}: calibrate again")
         fields = header.model_dump()
         checksum = fields.pop("checksum")
-        if set(arrays) != {"compute", "weights"} or checksum != _checksum(fields, arrays):
+        needed = {"compute", "weights", *((*_OF_SITES, "amax") if header.quantization else ())}
+        if not needed <= set(arrays) or checksum != _checksum(fields, arrays):
             raise PlanError(f"{path} was changed since it was written (checksum differs): calibrate again")
         return cls(
             header.fingerprint,
@@ -164,7 +286,21 @@ class Plan:
             arrays["weights"],
             tuple(header.streams),
             header.measured,
+            _quantization(header.quantization, arrays) if header.quantization else None,
+            arrays.get("compensation"),
         )
+
+
+def _quantization(header: _Quantization, arrays: Mapping[str, NDArray[Any]]) -> Quantization:
+    ends = np.cumsum(header.widths)
+    return Quantization(
+        header.recipe,
+        tuple(header.sites),
+        **{name: arrays[name] for name in _OF_SITES},
+        threshold=header.threshold,
+        amax=tuple(np.split(arrays["amax"], ends[:-1])) if header.widths else (),
+        regions=tuple(header.regions),
+    )
 
 
 def _checksum(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> str:

@@ -14,20 +14,20 @@ class PreparedWeights:
     """What `PrepareWeights` moved out of a graph, and its results for the weights as they are now.
 
     A changed weight is noticed by its storage, by its version, and by a sample of its elements: `weight.data += delta`,
-    as adapters are merged, changes neither storage nor version.
+    as adapters are merged, changes neither storage nor version. Single elements written through `.data` may go unseen:
+    `qc_compiler.reset(model)` prepares everything anew.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
-        self._graph, self._sources = graph, tuple(graph.meta["sources"])
+        self._graph = graph
         self._lock = threading.Lock()
         self._version: Any = None
         self._samples: list[tuple[list[Tensor], Tensor]] = []  # views of some bytes, and what they held
         self._values: list[Tensor] = []
         self.count = 0  # how often the weights were prepared
 
-    def __call__(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """Returns the prepared weights for the graph's inputs."""
-        weights = [inputs[i] for i in self._sources]
+    def __call__(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Returns what is made of these weights."""
         version = version_of(weights)
         with self._lock:
             if version == self._version and all(torch.equal(torch.cat(now), then) for now, then in self._samples):
@@ -38,21 +38,32 @@ class PreparedWeights:
             self.count += 1
             return self._values
 
+    def clear(self) -> None:
+        """Frees the prepared weights and what it remembers of the model's own."""
+        with self._lock:
+            self._version, self._samples, self._values = None, [], []
+
     @property
     def nbytes(self) -> int:
         return sum(value.nbytes for value in self._values)
 
 
 class PreparedGraph:
-    """A compiled graph that is given its prepared weights behind the model's own inputs and `precision`."""
+    """A compiled graph that is given its prepared weights behind the model's own inputs and `precision`.
 
-    def __init__(
-        self, compiled: Callable[..., Any], weights: PreparedWeights, num_inputs: int, has_precision: bool = False
-    ) -> None:
-        self._compiled, self.weights, self._at = compiled, weights, num_inputs + has_precision
+    Args:
+        compiled: The graph's function.
+        weights: Shared with the graphs of other shapes, whose inputs stand elsewhere.
+        sources: Which inputs of this graph are the weights.
+        at: How many of its arguments come before the prepared weights.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], weights: PreparedWeights, sources: Sequence[int], at: int) -> None:
+        self._compiled, self.weights, self._sources, self._at = compiled, weights, tuple(sources), at
 
     def __call__(self, *args: Any) -> Any:
-        return self._compiled(*args[: self._at], *self.weights(args), *args[self._at :])
+        prepared = self.weights([args[i] for i in self._sources])
+        return self._compiled(*args[: self._at], *prepared, *args[self._at :])
 
 
 def version_of(tensors: Sequence[Tensor]) -> int:

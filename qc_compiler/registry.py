@@ -9,6 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import QuantCacheError
 from .options import Options
+from .plan import Plan
 from .runtime import Runtime
 
 _lock = threading.Lock()
@@ -28,7 +29,7 @@ def runtime_for(example_inputs: Sequence[Any], given: Mapping[str, Any], options
             known = {}
         for parameter in parameters:
             _runtimes.setdefault(parameter, known)
-        if key not in known:
+        if key not in known or not _same(known[key].options.plan, options.plan):  # a file may be written anew
             known[key] = Runtime(options)
         known[key] = known.pop(key)  # the last one compiled comes last
         return known[key]
@@ -56,9 +57,21 @@ def runtime_of(model: Any) -> Runtime:
     )
 
 
+def forget_weights(module: torch.nn.Module) -> None:
+    """Frees what was prepared of a model's weights under any options; it is made again when it is needed."""
+    with _lock:
+        known = [_runtimes[p] for p in module.parameters() if p in _runtimes]
+    for runtime in {id(r): r for runtimes in known for r in runtimes.values()}.values():
+        runtime.forget_weights()
+
+
 def _key(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     simple = (str, int, float, tuple, list, type(None))
     return tuple(sorted((name, repr(v) if isinstance(v, simple) else id(v)) for name, v in given.items()))
+
+
+def _same(a: Plan | None, b: Plan | None) -> bool:
+    return a is b or (a is not None and b is not None and a.digest == b.digest)
 
 
 def _options_of(model: Any) -> Mapping[str, Any] | None:

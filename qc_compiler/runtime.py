@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .compensation import compensate
 from .controllers import Controller, History, Step, controller, precision_rule
 from .errors import OptionError, PlanError
 from .extrapolation import polynomial_weights
@@ -30,7 +31,7 @@ from .graph import Interface
 from .options import Options, changed
 from .plan import Plan
 from .prepared import PreparedWeights, version_of
-from .statistics import Sum, ratios
+from .statistics import Statistic, Sum, ratios
 
 _STREAM: ContextVar[str | None] = ContextVar("quantcache_stream", default=None)
 
@@ -85,14 +86,23 @@ class _PendingStep:
     timestep: float | None
     computed: NDArray[np.bool_]
     pending: Sequence[Tensor]
+    precision: NDArray[np.int_] | None = None
+    floor: NDArray[np.float32] | None = None  # what quantization alone adds to the change of each region
+    num_bounded: int = 0
     read: Step | None = None
 
     def resolve(self) -> Step:
+        """Returns the step as rules see it: no change below the noise floor."""
         if self.read is None:
             sums = np.zeros((len(self.computed), len(Sum)), dtype=np.float32)
             if self.pending:
                 sums[self.computed] = torch.stack(list(self.pending)).cpu().numpy()[self.computed]
-            self.read, self.pending = Step(self.index, self.computed, ratios(sums)), ()
+            statistics = ratios(sums)
+            if self.floor is not None:
+                change, floor = statistics[:, Statistic.CHANGE], np.where(self.computed, self.floor, 0)
+                self.num_bounded = int((change < floor).sum())
+                np.maximum(change, floor, out=change, where=~np.isnan(change))
+            self.read, self.pending = Step(self.index, self.computed, statistics), ()
         return self.read
 
 
@@ -135,6 +145,7 @@ class Runtime:
         self.interface: Interface | None = None
         self.notes: list[str] = []
         self.fingerprint = ""
+        self.shared: Any = None  # the model's graph with shared blocks, before anything was added: for calibration
         self.prepared: dict[Any, PreparedWeights] = {}  # shared by the graphs of different shapes
         self.trajectories: deque[Trajectory] = deque(maxlen=KEPT_TRAJECTORIES)
         self._lengths: dict[tuple[float, float], int] = {}  # of earlier trajectories, by their first two timesteps
@@ -145,6 +156,11 @@ class Runtime:
         self._generation = 0
         self._warned: set[str] = set()
         self.pilot: Any = None  # calibration: decides in place of the rule, and looks over our shoulder
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any linear of the model is quantized."""
+        return any(run.name == "lower-linears" and run.report.changed > 0 for run in self.reports)
 
     def configure(self, **changes: Any) -> None:
         with self._lock:
@@ -158,10 +174,16 @@ class Runtime:
             self.options = options
 
     def reset(self) -> None:
-        """Forgets all trajectories and slots, in every thread."""
+        """Forgets all trajectories and slots, in every thread, and what was prepared of the weights."""
         with self._lock:
             self._generation += 1
             self.trajectories.clear()
+        self.forget_weights()
+
+    def forget_weights(self) -> None:
+        """Frees the prepared weights; the next call prepares them anew."""
+        for weights in self.prepared.values():
+            weights.clear()
 
     def warn_once(self, message: str) -> None:
         with self._lock:
@@ -232,6 +254,7 @@ class GuardedGraph:
         self.output_region = self.names.index("output") if "output" in self.names else None
         self._speaking = [self._speaks_for(site.block) for site in interface.sites]
         self._groups = np.array([region.group for region in interface.regions])
+        self._floors: tuple[Any, NDArray[np.float32]] | None = None  # of the plan's noise, for our regions
         self._blanks: dict[Any, Tensor] = {}
         self._layouts: dict[tuple[int, ...], Any] = {}
 
@@ -248,19 +271,20 @@ class GuardedGraph:
         index = position.step
         coordinate = float(index) if timestep is None else timestep
         compute, weights = self._decide(state, position, coordinate, inputs)
+        precision, correction = None, self._compensation(position, coordinate)
         if self.output_region is not None and not compute[self.output_region]:
             compute = np.zeros_like(compute)
-            results = self._extrapolate_output(state, weights)
+            results = self._extrapolate_output(state, weights, correction)
             inside, rows = 0.0, list[Tensor]()
             fresh: list[list[Tensor]] = []
         else:
-            precision = self._precision(state, position)
-            results, rows, fresh, inside = self._run(inputs, state, compute, weights, precision)
-        self._commit(key, position, state, timestep, coordinate, compute, rows, fresh)
+            precision = self._precision(state, position, coordinate)
+            results, rows, fresh, inside = self._run(inputs, state, compute, weights, precision, correction)
+        self._commit(key, position, state, timestep, coordinate, compute, precision, rows, fresh)
         state.sample, state.weights_version, state.layout = sample, version, layout
         runtime.host_ms.append((time.perf_counter() - start - inside) * 1e3)
         if runtime.pilot is not None:
-            runtime.pilot.observe(self, position, timestep, inputs, results)
+            results = runtime.pilot.observe(self, position, timestep, inputs, results)
         return results
 
     # -- where are we? -----------------------------------------------------------------------------------------
@@ -323,7 +347,7 @@ class GuardedGraph:
         options, pilot = self.runtime.options, self.runtime.pilot
         decided = pilot.decide(self, position, state, inputs) if pilot is not None else None
         if decided is None:
-            decided = self._by_plan(options.plan, position, coordinate) if options.plan else None
+            decided = self._by_plan(options.plan, position, coordinate) if options.plan and options.scheduled else None
         if decided is None:
             decided = self._by_rule(controller(options), state, position, coordinate)
         compute, weights = decided[0].copy(), decided[1]
@@ -336,10 +360,20 @@ class GuardedGraph:
     def _by_plan(
         self, plan: Plan, position: Position, coordinate: float
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        step = self._step_of(plan, position, coordinate)
+        compute, weights = plan.compute[step], plan.weights_of(position.stream, step)
+        if len(compute) == len(self.names):
+            return compute, weights
+        everywhere = np.full(len(self.names), compute[0])  # a schedule of the output alone: blocks follow it
+        padded = np.zeros((len(self.names), weights.shape[1]), dtype=np.float32)
+        padded[:1] = weights
+        return everywhere, padded
+
+    def _step_of(self, plan: Plan, position: Position, coordinate: float) -> int:
         step = plan.step_of(coordinate) if self.clock is not None else position.step
         if step >= plan.num_steps:
             raise PlanError(f"step {step + 1} of a plan for {plan.num_steps} steps: calibrate for more steps")
-        return plan.compute[step], plan.weights_of(position.stream, step)
+        return step
 
     def _by_rule(
         self, rule: Controller, state: StreamState, position: Position, coordinate: float
@@ -358,14 +392,50 @@ class GuardedGraph:
             row[: len(known)] = polynomial_weights(known, coordinate)
         return compute, weights
 
-    def _precision(self, state: StreamState, position: Position) -> NDArray[np.int_] | None:
+    def _precision(self, state: StreamState, position: Position, coordinate: float) -> NDArray[np.int_] | None:
         """Returns int (S,), which of its precisions each site takes; None where there is no choice."""
         if not self.interface.sites:
             return None
         steps = [step.resolve() for step in state.steps]
         history = History(steps, position.step, position.trajectory.num_steps, self.names) if steps else None
         options = self.runtime.options
-        return _agree(precision_rule(options).decide(history, self._speaking), options.process_group)
+        rule = precision_rule(options, self.interface.sites)
+        choice = rule.decide(history, self._speaking, self._kept(options, position, coordinate))
+        return _agree(choice, options.process_group)
+
+    def _kept(self, options: Options, position: Position, coordinate: float) -> NDArray[np.bool_]:
+        """Returns bool (R,): whether what is computed now will be reused; always, for all that a rule can say."""
+        if options.plan is None or not options.scheduled:
+            return np.full(len(self.names), options.cache != "off")
+        following = self._step_of(options.plan, position, coordinate) + 1
+        reused = ~options.plan.compute[following] if following < options.plan.num_steps else np.zeros(1, dtype=np.bool_)
+        return reused if len(reused) == len(self.names) else np.full(len(self.names), reused[0])
+
+    def _floor(self, precision: NDArray[np.int_] | None) -> NDArray[np.float32] | None:
+        """Returns float32 (R,): the change that quantization alone makes appear, at the lowest precision in use."""
+        known = self.runtime.options.plan.quantization if self.runtime.options.plan else None
+        if known is None or not known.regions or not self.runtime.quantizes:
+            return None
+        if self._floors is None or self._floors[0] is not known:
+            at = [known.region_of(name) for name in self.names]
+            self._floors = known, np.array([[0.0 if r is None else row[r] for r in at] for row in known.noise])
+        floors = self._floors[1]
+        if precision is None:
+            return floors[0]
+        lowest = np.full(len(self.names), precision.min())
+        for region in set(self._speaking):
+            lowest[region] = precision[np.equal(self._speaking, region)].min()
+        return floors[lowest, np.arange(len(self.names))]
+
+    def _compensation(self, position: Position, coordinate: float) -> NDArray[np.float32] | None:
+        """Returns float32 (C, 2), shift and gain of each channel of the output; None where nothing is corrected."""
+        plan = self.runtime.options.plan
+        if plan is None or plan.compensation is None or self.interface.num_channels is None:
+            return None
+        if self.runtime.pilot is not None:
+            return None
+        stream = plan.streams.index(position.stream) if position.stream in plan.streams else 0
+        return plan.compensation[stream, self._step_of(plan, position, coordinate)]
 
     def _speaks_for(self, block: str) -> int:
         """Returns the region whose statistics speak for a block: the block itself, or its first sub-layer."""
@@ -393,6 +463,7 @@ class GuardedGraph:
         compute: NDArray[np.bool_],
         weights: NDArray[np.float32],
         precision: NDArray[np.int_] | None,
+        correction: NDArray[np.float32] | None,
     ) -> tuple[Any, list[Tensor], list[list[Tensor]], float]:
         """Returns results, sums and new slot values of each region, and the seconds spent in the graph."""
         slots: list[Tensor] = []
@@ -405,8 +476,12 @@ class GuardedGraph:
         chosen: list[Tensor] = []
         if precision is not None:
             chosen = [torch.from_numpy(precision[:, None] > np.arange(self.interface.num_choices - 1))]
+        corrected: list[Tensor] = []
+        if (channels := self.interface.num_channels) is not None:
+            identity = np.tile(np.array([0, 1], dtype=np.float32), (channels, 1))
+            corrected = [torch.from_numpy(identity if correction is None else correction).to(device, non_blocking=True)]
         start = time.perf_counter()
-        produced = self.compiled(*inputs, *chosen, torch.from_numpy(compute), steering, *slots)
+        produced = self.compiled(*inputs, *chosen, torch.from_numpy(compute), steering, *slots, *corrected)
         inside = time.perf_counter() - start
         num_outputs, num_regions = self.interface.num_outputs, len(self.names)
         rows, values = produced[num_outputs : num_outputs + num_regions], list(produced[num_outputs + num_regions :])
@@ -419,7 +494,9 @@ class GuardedGraph:
             self.runtime.peak_slot_bytes = max(self.runtime.peak_slot_bytes, num_bytes)
         return produced[:num_outputs], rows, fresh, inside
 
-    def _extrapolate_output(self, state: StreamState, weights: NDArray[np.float32]) -> tuple[Tensor, ...]:
+    def _extrapolate_output(
+        self, state: StreamState, weights: NDArray[np.float32], correction: NDArray[np.float32] | None
+    ) -> tuple[Tensor, ...]:
         r = self.output_region
         assert r is not None
         history = [tensors for _, tensors in state.history[r]]
@@ -429,6 +506,8 @@ class GuardedGraph:
             for age in range(1, len(history)):
                 total = total.add(history[age][k], alpha=float(weights[r, age]))
             results.append(total)
+        if correction is not None:
+            results[0] = compensate(results[0], torch.from_numpy(correction).to(results[0].device))
         return tuple(results)
 
     def _commit(
@@ -439,6 +518,7 @@ class GuardedGraph:
         timestep: float | None,
         coordinate: float,
         compute: NDArray[np.bool_],
+        precision: NDArray[np.int_] | None,
         rows: Sequence[Tensor],
         fresh: list[list[Tensor]],
     ) -> None:
@@ -454,7 +534,8 @@ class GuardedGraph:
             trajectory.second = timestep
         if position.turn >= len(trajectory.streams):
             trajectory.streams.append(state)
-        state.steps.append(_PendingStep(position.step, timestep, compute, rows))
+        floor = self._floor(precision) if compute.any() else None
+        state.steps.append(_PendingStep(position.step, timestep, compute, rows, precision, floor))
         for r in np.flatnonzero(compute):
             if fresh and fresh[r]:
                 state.history[r].appendleft((coordinate, fresh[r]))

@@ -13,6 +13,7 @@ from rich.table import Table
 from .errors import QuantCacheError
 from .graph import RegionSpec
 from .registry import runtime_of
+from .runtime import StreamState
 from .statistics import Statistic
 
 
@@ -26,6 +27,8 @@ class StreamSummary:
         computed: bool (N, R): which region was computed at which step.
         statistics: float32 (N, R, len(Statistic)), zero where a region was reused.
         slot_bytes: What its slots hold now.
+        num_bounded: How many of its changes lay below the noise floor of the quantization, and count as that.
+        precision: int (N, S): which scheme each site took at a step, -1 where it was reused; None without a choice.
     """
 
     name: str
@@ -33,6 +36,8 @@ class StreamSummary:
     computed: NDArray[np.bool_]
     statistics: NDArray[np.float32]
     slot_bytes: int
+    num_bounded: int = 0
+    precision: NDArray[np.int_] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Summary:
         peak_slot_bytes: The most that the slots of one stream can hold.
         overhead_ms: Median time a step spends on the host, outside the compiled graph.
         notes: Why graphs of this model run as plain Inductor, if any do.
+        schemes: What the numbers in `precision` stand for, as weight/activation.
     """
 
     regions: tuple[RegionSpec, ...]
@@ -52,6 +58,16 @@ class Summary:
     peak_slot_bytes: int
     overhead_ms: float
     notes: tuple[str, ...]
+    schemes: tuple[str, ...] = ()
+
+    @property
+    def precision_shares(self) -> dict[str, float]:
+        """For each scheme the part of all choices that fell on it; empty without a choice."""
+        chosen = [stream.precision[stream.precision >= 0] for stream in self.streams if stream.precision is not None]
+        if not chosen:
+            return {}
+        taken = np.concatenate(chosen)
+        return {scheme: float((taken == i).mean()) for i, scheme in enumerate(self.schemes)}
 
     @property
     def computed_share(self) -> float:
@@ -75,6 +91,12 @@ class Summary:
                 f"{_bytes(self.peak_slot_bytes)} a stream · host {self.overhead_ms:.2f} ms a step",
                 highlight=False,
             )
+            if num_bounded := sum(stream.num_bounded for stream in self.streams):
+                changes = f"{num_bounded} change" + ("s" if num_bounded != 1 else "")
+                console.print(f"{changes} lay below the noise floor", highlight=False)
+            if shares := self.precision_shares:
+                parts = ", ".join(f"{scheme} {share:.0%}".replace("%", " %") for scheme, share in shares.items())
+                console.print(f"precision: {parts}", highlight=False)
             for note in self.notes:
                 console.print(f"plain Inductor: {note}", highlight=False)
         return capture.get()
@@ -124,12 +146,28 @@ def summarize(model: Any) -> Summary:
             np.array([step.computed for step in state.steps]),
             np.array([step.resolve().statistics for step in state.steps]),
             sum(t.nbytes for slots in state.history for _, tensors in slots for t in tensors),
+            sum(step.num_bounded for step in state.steps),  # known once their statistics were read, above
+            _precision(state, len(interface.sites)),
         )
         for trajectory in trajectories
         for turn, state in enumerate(trajectory.streams)
     ]
     overhead = float(np.median(runtime.host_ms)) if runtime.host_ms else 0.0
-    return Summary(tuple(interface.regions), tuple(streams), runtime.peak_slot_bytes, overhead, tuple(runtime.notes))
+    return Summary(
+        tuple(interface.regions),
+        tuple(streams),
+        runtime.peak_slot_bytes,
+        overhead,
+        tuple(runtime.notes),
+        tuple(f"{scheme.weight}/{scheme.activation}" for scheme in runtime.options.schemes),
+    )
+
+
+def _precision(state: StreamState, num_sites: int) -> NDArray[np.int_] | None:
+    if not num_sites:
+        return None
+    reused = np.full(num_sites, -1)
+    return np.array([reused if step.precision is None else step.precision for step in state.steps])
 
 
 def _bytes(count: int) -> str:

@@ -1,11 +1,14 @@
 """Looks over the runtime's shoulder: what went into a model and came out of it at every step of a trajectory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import OptionError, QuantCacheError
+from ..registry import runtime_of
 from ..runtime import GuardedGraph, Position
 
 
@@ -28,13 +31,16 @@ class Recording:
 
     def observe(
         self, graph: GuardedGraph, position: Position, timestep: float | None, inputs: Any, results: Any
-    ) -> None:
-        """Takes one call of the model."""
+    ) -> Any:
+        """Takes one call of the model; returns its results as they are."""
         if position.step == len(self.timesteps):
             self.timesteps.append(float(position.step) if timestep is None else timestep)
+        if position.step < len(self.inputs.get(position.stream, [])):
+            raise QuantCacheError("generate(model) sampled more than once: let it make one batch")
         assert graph.latent is not None
         self.inputs.setdefault(position.stream, []).append(flat(inputs[graph.latent]))
         self.outputs.setdefault(position.stream, []).append(flat(results[0]))
+        return results
 
     @property
     def num_steps(self) -> int:
@@ -66,3 +72,21 @@ class Recording:
 
 def flat(value: Tensor) -> Tensor:
     return value.detach().reshape(-1).float().cpu()
+
+
+def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Tensor:
+    """Runs `generate` once with `pilot` at the helm of the runtime; returns its samples."""
+    try:
+        runtime_of(compiled).pilot = pilot
+    except QuantCacheError:  # not compiled yet: the first run is computed in full anyway
+        generate(compiled)
+        runtime_of(compiled).pilot = pilot
+    runtime = runtime_of(compiled)
+    try:
+        runtime.reset()
+        result = generate(compiled)
+    finally:
+        runtime.pilot = None
+    if not isinstance(result, Tensor):
+        raise OptionError(f"generate(model) returned {type(result).__name__}: expected the samples as one tensor")
+    return flat(result)

@@ -35,45 +35,24 @@ from ..plan import Plan
 from ..registry import runtime_of
 from ..runtime import GuardedGraph, Position, Runtime, StreamState
 from ..trajectory_summary import computed_share
-from .recording import Recording, flat
+from .recording import Recording, flat, run_steered
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
 GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
 RIDGE = 1e-5  # relative; keeps the fitted weights near polynomial extrapolation where the data does not decide
 
 
-def calibrate(
+def find_schedule(
     model: Any,
     generate: Callable[[Any], Any],
-    share: float = 0.33,
+    share: float,
     *,
     budget: float = 8.0,
     level: str = "output+block",
     progress: bool = True,
     backend: Any = "quantcache",
 ) -> Plan:
-    """Measures, for this model and this number of steps, which steps to compute.
-
-    Args:
-        model: The model, plain or compiled.
-        generate: The user's sampling function: takes a model to call, returns the samples as one tensor. It must do
-            the same each time (fix the seed). A handful of samples is enough.
-        share: Part of the block computations to spend, in (0, 1].
-        budget: Full trajectories' worth of computation to spend on the search, 8 by default: at a share of 0.2 that
-            is 40 candidates. Two thirds move single steps, one third tries partial computation.
-        level: What the plan may steer: `output` (whole steps; compiles faster, needs no slots but the output's) or
-            `output+block`.
-        progress: Show a progress bar.
-        backend: What compiles the model; tests pass one without Inductor.
-
-    Returns:
-        A plan with the share it spends and its relative error on the calibration samples; of level `output` unless
-        partial computation made it better.
-
-    Raises:
-        OptionError: `share` lies outside (0, 1], or `generate` returns no tensor.
-        QuantCacheError: `generate` did not run the model over several steps.
-    """
+    """Returns a plan with the best schedule found; see `qc_compiler.calibration.calibrate`."""
     if not 0 < share <= 1:
         raise OptionError(f"share={share}: expected a part of the work in (0, 1]")
     module = getattr(model, "_orig_mod", model)
@@ -93,7 +72,7 @@ def calibrate(
             bar.update(task, advance=1, description=description)
 
         recording = Recording()
-        reference = _run(compiled, generate, recording)
+        reference = run_steered(compiled, generate, recording)
         if recording.num_steps < 3:
             raise QuantCacheError(f"generate(model) took {recording.num_steps} steps of the model: expected 3 or more")
         count = max(2, round(share * recording.num_steps))
@@ -104,7 +83,7 @@ def calibrate(
         @functools.cache
         def measure(schedule: Schedule, gain: float) -> tuple[float, "_ClosedLoop"]:
             loop = _ClosedLoop(recording, schedule, len(regions), gain)
-            error = _relative(_run(compiled, generate, loop), reference)
+            error = _relative(run_steered(compiled, generate, loop), reference)
             step(f"{count} of {recording.num_steps} steps: last error {error:.1e}")
             return error, loop
 
@@ -262,8 +241,8 @@ class _ClosedLoop:
                 weights[region, : len(known)] = polynomial_weights(known, self.recording.timesteps[step])
         return self.compute[step], weights
 
-    def observe(self, *_: Any) -> None:
-        pass
+    def observe(self, *args: Any) -> Any:
+        return args[-1]
 
     def plan(self, runtime: Runtime, level: str, measured: dict[str, float]) -> Plan:
         names = tuple(region.name for region in runtime.interface.regions)  # type: ignore[union-attr]
@@ -289,24 +268,6 @@ def _fit(basis: Tensor, wanted: Tensor, prior: NDArray[np.float32]) -> NDArray[n
     ridge = RIDGE * square.trace() / len(basis) * torch.eye(len(basis), dtype=torch.float64)
     step = torch.linalg.solve(square + ridge, basis @ (wanted - start @ basis))
     return (start + step).float().numpy()
-
-
-def _run(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Tensor:
-    """Runs `generate` once with `pilot` at the helm of the runtime; returns its samples."""
-    try:
-        runtime_of(compiled).pilot = pilot
-    except QuantCacheError:  # not compiled yet: the first run is computed in full anyway
-        generate(compiled)
-        runtime_of(compiled).pilot = pilot
-    runtime = runtime_of(compiled)
-    try:
-        runtime.reset()
-        result = generate(compiled)
-    finally:
-        runtime.pilot = None
-    if not isinstance(result, Tensor):
-        raise OptionError(f"generate(model) returned {type(result).__name__}: expected the samples as one tensor")
-    return flat(result)
 
 
 def _relative(result: Tensor, reference: Tensor) -> float:

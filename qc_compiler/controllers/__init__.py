@@ -1,7 +1,12 @@
 """The rules that decide which regions to compute: each a small pure function of earlier statistics."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from ..graph import SiteSpec
 from ..options import Options
-from .base import Controller, History, Step
+from .aigq import AIGQ
+from .base import Controller, History, PrecisionRule, Step
 from .dmpq import DMPQ
 from .first_block import FirstBlock
 from .hlc import HLC
@@ -11,6 +16,7 @@ from .tdc import TDC
 from .teacache import TeaCache
 
 __all__ = [
+    "AIGQ",
     "DMPQ",
     "HLC",
     "TDC",
@@ -18,6 +24,7 @@ __all__ = [
     "FirstBlock",
     "History",
     "MagCache",
+    "PrecisionRule",
     "Static",
     "Step",
     "TeaCache",
@@ -47,6 +54,16 @@ def controller(options: Options) -> Controller:
             return Static(1)
 
 
-def precision_rule(options: Options) -> DMPQ:
-    """Returns the rule that chooses the precision of linears."""
-    return DMPQ() if options.precision_threshold is None else DMPQ(options.precision_threshold)
+def precision_rule(options: Options, sites: Sequence[SiteSpec]) -> PrecisionRule:
+    """Returns the rule that chooses the precision of linears, with what calibration found out about them."""
+    assert options.recipe is not None
+    given: dict[str, Any] = {} if options.precision_threshold is None else {"threshold": options.precision_threshold}
+    if options.recipe.rule != "dmpq":
+        return AIGQ(**given, inverse=options.recipe.rule == "inverse")
+    known = options.plan.quantization if options.plan else None
+    if known is None:
+        return DMPQ(**given)
+    at = [known.index(site.name) for site in sites]
+    outliers = tuple(map(bool, known.has_outliers[at])) if len(options.schemes) > 2 else ()
+    given = {"threshold": known.threshold} | given
+    return DMPQ(**given, alpha=tuple(known.alpha[at]), beta=tuple(known.beta[at]), outliers=outliers)

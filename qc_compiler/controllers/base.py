@@ -89,5 +89,19 @@ class Controller(ABC):
         """Returns bool (R,): which regions to compute at this step."""
 
 
+class PrecisionRule(ABC):
+    """A rule for the precision of linears. Frozen, without state, like `Controller`."""
+
+    @abstractmethod
+    def decide(self, history: History | None, regions: Sequence[int], kept: NDArray[np.bool_]) -> NDArray[np.int_]:
+        """Returns int (S,): which of its schemes each site takes, 0 for the lowest precision.
+
+        Args:
+            history: Of the stream; None at its first step.
+            regions: For each site the region whose statistics speak for it.
+            kept: bool (R,): whether what a region computes now will be reused.
+        """
+
+
 def per_region(history: History, wants: "list[bool]") -> NDArray[np.bool_]:
     return np.array(wants, dtype=np.bool_).reshape(len(history.regions))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-12
+LARGEST = 1e3  # of the scales of balancing
 
 
 def hadamard(size: int, device: torch.device | None = None) -> Tensor:
@@ -46,10 +47,10 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
 def balancing_scales(x_amax: Tensor, w_amax: Tensor, alpha: float = 0.5) -> Tensor:
     """Returns SmoothQuant's s (K,) for the largest magnitudes of activations (K,) and of weight columns (K,).
 
-    A channel that is always zero, on either side, keeps the scale 1.
+    A channel that is always zero, on either side, keeps the scale 1; none goes beyond 1000, which float16 still holds.
     """
     scales = x_amax.float() ** alpha / w_amax.float().clamp(min=TINY) ** (1 - alpha)
-    return torch.where((x_amax > 0) & (w_amax > 0), scales, 1.0)
+    return torch.where((x_amax > 0) & (w_amax > 0), scales, 1.0).clamp(1 / LARGEST, LARGEST)
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

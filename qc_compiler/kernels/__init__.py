@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..formats import parse_format
-from ..formats.schemes import Scheme
+from ..formats.schemes import PLAIN, Scheme
 from .base import LinearKernel, LinearShape
 from .int8_cpu import Int8CPU
 from .scaled_mm import ScaledMM
@@ -21,7 +21,8 @@ def find_kernel(scheme: Scheme, device: torch.device, shape: LinearShape | None 
 
     Where several do and a shape is given, the one that was measured to be the fastest for it.
     """
-    kernels = [kernel for kernel in _kernels(device) if kernel.takes(scheme)]
+    plain = scheme.activation == PLAIN
+    kernels = [] if plain else [kernel for kernel in _kernels(device) if kernel.takes(scheme)]
     if shape is None:
         return kernels[0] if kernels else None
     return fastest([kernel for kernel in kernels if kernel.fits(shape)], scheme, shape, device)

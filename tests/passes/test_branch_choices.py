@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from capture import apply, branches, capture
 from passes import BranchChoices, GuardRegions, LowerLinears, PrepareWeights, QuantizeLinears
-from qc_compiler.formats.schemes import Scheme, schemes_of
+from qc_compiler.formats.schemes import Scheme, recipe_of
 from qc_compiler.graph import cond, submodules
 from qc_compiler.ops import choose
 from qc_compiler.show import show
@@ -13,7 +13,7 @@ from qc_compiler.verify import verify
 from small_blocks import Modulated, Stack
 from tiny_models import tiny_dit
 
-DMPQ = schemes_of("dmpq")
+DMPQ = recipe_of("dmpq").schemes
 THREE = (Scheme("int4/128", "uint4"), Scheme("int4/128", "uint6"), Scheme("int4/128", "uint8"))
 X = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
 

@@ -5,7 +5,7 @@ from torch import fx
 
 from capture import apply, capture, skips
 from passes import BranchChoices, FuseEpilogues, LowerLinears, Normalize, QuantizeLinears, ShareBodies
-from qc_compiler.formats.schemes import schemes_of
+from qc_compiler.formats.schemes import recipe_of
 from qc_compiler.graph import body_calls, body_of, invoke_subgraph, submodules
 from qc_compiler.show import show
 from tiny_models import tiny_dit
@@ -42,7 +42,7 @@ def lowered(function, gate_shape=(B, 1, C), dtype=torch.float32, scheme="w8a8"):
     torch.manual_seed(0)
     model = Two(function, dtype).eval().requires_grad_(False)
     captured = capture(model, torch.randn(B, T, C, dtype=dtype), torch.randn(gate_shape, dtype=dtype))
-    passes = (Normalize(), ShareBodies(), QuantizeLinears(schemes_of(scheme)), LowerLinears(), BranchChoices())
+    passes = (Normalize(), ShareBodies(), QuantizeLinears(recipe_of(scheme).schemes), LowerLinears(), BranchChoices())
     return captured.after(*passes), captured.inputs
 
 
@@ -116,7 +116,7 @@ def test_skips(function, gate, reason):
 @pytest.mark.parametrize("scheme", ["w8a8", "nvfp4"])
 def test_what_has_no_triton_kernel_is_left_alone(scheme):
     captured = capture(tiny_dit(2), torch.randn(2, 16, 8), torch.ones(2))
-    passes = (QuantizeLinears(schemes_of(scheme), emulate=True), LowerLinears(emulate=True))
+    passes = (QuantizeLinears(recipe_of(scheme).schemes, emulate=True), LowerLinears(emulate=True))
     gm = captured.after(Normalize(), ShareBodies(), *passes)
     before = show(gm)
     assert apply(FuseEpilogues(), gm).changed == 0

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from capture import apply, capture, submodules
 from passes import LowerLinears, Normalize, QuantizeLinears, ShareBodies
 from qc_compiler.cost import flops_of
-from qc_compiler.formats.schemes import SCHEMES, schemes_of
+from qc_compiler.formats.schemes import SCHEMES, recipe_of
 from qc_compiler.graph import body_calls, body_of, placeholders
 from qc_compiler.kernels.int8_cpu import Int8CPU
 from qc_compiler.show import show
@@ -72,7 +72,7 @@ def test_golden_of_a_rotation(triton_everywhere):
 
 def rotated(model, scheme="w8a8+rotation", emulate=False):
     captured = capture(Stack(model), X)
-    return captured.after(Normalize(), ShareBodies(), QuantizeLinears(schemes_of(scheme), emulate))
+    return captured.after(Normalize(), ShareBodies(), QuantizeLinears(recipe_of(scheme).schemes, emulate))
 
 
 @pytest.mark.parametrize(

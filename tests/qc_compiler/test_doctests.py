@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +15,10 @@ MODULES = [
     for package in (qc_compiler, passes)
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 ]
+EXAMPLES = [path.stem for path in (Path(__file__).parents[2] / "examples").glob("*.py")]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [*MODULES, *EXAMPLES])
 def test_doctests(name):
     module = importlib.import_module(name)
     failures, _ = doctest.testmod(module)

@@ -9,6 +9,7 @@ from qc_compiler import Plan
 from qc_compiler.errors import OptionError, PlanError
 from qc_compiler.formats import parse_format
 from qc_compiler.options import CACHE_DTYPES, CACHES, PRESETS, Options, changed, parse_options
+from qc_compiler.plan import Quantization
 
 
 def plan(level="block", depth=2, regions=("blocks.0", "blocks.1")):
@@ -76,7 +77,7 @@ def test_levels(level, graph_level, guards_output):
     [("treshold", "threshold"), ("cache_oder", "cache_order"), ("intervall", "interval"), ("num_step", "num_steps")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(typo, name):
-    with pytest.raises(OptionError, match=rf"unknown option '{typo}': did you mean '{name}'\? valid: cache, "):
+    with pytest.raises(OptionError, match=rf"unknown option '{typo}': did you mean '{name}'\? valid: bits, cache, "):
         parse_options({typo: 1})
 
 
@@ -221,3 +222,131 @@ def test_a_plan_for_another_graph_is_refused(other):
     options = parse_options({"cache": "static", "level": "block", "cache_order": 1})
     with pytest.raises(OptionError, match=r"plan=.* needs a new torch\.compile"):
         changed(options, {"plan": other})
+
+
+# -- quantization
+
+
+def known(recipe="w8a8+balance", ratio=1.0, amax=True, bits=8):
+    sites = ("blocks.0.mlp", "blocks.1.mlp")
+    return Quantization(
+        recipe,
+        sites,
+        np.full(2, bits, "i1"),
+        np.array([1.0, ratio], "f4"),
+        np.ones(2, "f4"),
+        np.zeros(2, "f4"),
+        amax=(np.ones(32, "f4"),) * 2 if amax else (),
+    )
+
+
+def plan_of_linears(quantization, **changes):
+    """A plan without a schedule."""
+    return dataclasses.replace(plan("output", depth=1, regions=()), quantization=quantization, **changes)
+
+
+@pytest.mark.parametrize("bits", [3.9, 17, "8", True, float("nan"), None])
+def test_bits_outside_of_the_formats_are_refused(bits):
+    with pytest.raises(OptionError, match="^" + re.escape(f"bits={bits!r}: expected a number from 4 to 16")):
+        parse_options({"quantize": "importance", "bits": bits})
+
+
+@pytest.mark.parametrize("bits", [4, 5.5, 16])
+def test_bits_that_are_valid(bits):
+    assert parse_options({"quantize": "importance", "bits": bits}).bits == bits
+
+
+@pytest.mark.parametrize("quantize", ["w8a8+balance", "importance+balance+online"])
+def test_balancing_needs_a_plan_with_ranges(quantize):
+    message = f"quantize={quantize!r} needs the range of each linear's input: pass the plan of"
+    for given in (None, plan(), plan_of_linears(known(quantize, amax=False))):
+        with pytest.raises(OptionError, match="^" + re.escape(message)):
+            parse_options({"quantize": quantize, "plan": given, "level": "block"})
+    assert parse_options({"quantize": "w8a8+balance", "plan": plan_of_linears(known())}).schemes[0].balance
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        ("w8a8+rotate", "quantize='w8a8+rotate': 'rotate' cannot be added, did you mean 'rotation'?"),
+        ("w8a8+ballance", "quantize='w8a8+ballance': 'ballance' cannot be added, did you mean 'balance'?"),
+        ("dmpq+online", "quantize='dmpq+online': 'dmpq' has a rule of its own, 'online' cannot be added"),
+        ("w8a8+online+inverse", "quantize='w8a8+online+inverse': 'w8a8' has a rule of its own, 'inverse' cannot be"),
+    ],
+)
+def test_additions_that_are_refused(quantize, message):
+    with pytest.raises(OptionError, match="^" + re.escape(message)):
+        parse_options({"quantize": quantize})
+
+
+def test_what_the_additions_mean():
+    online = parse_options({"plan": plan_of_linears(known("importance+online+balance"))})
+    assert [scheme.activation for scheme in online.schemes] == ["uint4", "uint6", "uint8", "plain"]
+    assert all(scheme.balance and scheme.weight == "int8" for scheme in online.schemes)
+    assert (online.recipe.rule, online.recipe.allocated, online.chooses_precision) == ("online", True, True)
+    assert parse_options({"quantize": "w8a8+inverse"}).recipe.rule == "inverse"
+    assert not parse_options({"quantize": "importance"}).chooses_precision
+
+
+def test_a_plan_brings_the_recipe_it_was_calibrated_for():
+    options = parse_options({"plan": plan_of_linears(known("importance", amax=False))})
+    assert (options.quantize, options.recipe.allocated) == ("importance", True)
+    with pytest.raises(OptionError, match="^quantize='w4a8': the plan's linears were measured for 'importance'"):
+        parse_options({"plan": plan_of_linears(known("importance", amax=False)), "quantize": "w4a8"})
+    assert parse_options({"plan": plan_of_linears(known()), "quantize": None}).quantize == "w8a8+balance"
+    assert parse_options({"plan": plan()}).quantize is None
+
+
+def test_a_plan_of_linears_alone_leaves_the_preset_in_charge_of_the_cache():
+    given = {"plan": plan_of_linears(known("w8a8", amax=False))}
+    for preset in PRESETS:
+        options = parse_options(given | {"preset": preset})
+        assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
+        assert (options.scheduled, options.exact) == (False, False)
+    assert parse_options(given | {"cache": "tdc"}).level == "block"
+    assert parse_options(given | {"preset": "balanced"}).depth == PRESETS["balanced"]["cache_order"] + 1
+
+
+def test_an_output_is_guarded_for_a_compensation_where_nothing_is_cached():
+    corrected = plan_of_linears(None, compensation=np.zeros((1, 2, 4, 2), "f4"))
+    options = parse_options({"plan": corrected, "cache": "off"})
+    assert (options.level, options.compensates, options.caches, options.exact) == ("output", True, True, False)
+    assert parse_options({"plan": corrected, "cache": "off", "level": "block"}).level == "block"
+
+
+@pytest.mark.parametrize(("ratio", "activations"), [(25.0, 2), (25.1, 3)])
+def test_dmpq_leaves_activations_plain_where_there_are_outliers(ratio, activations):
+    """PDR: the third scheme is there where max|X| / mean|X| > 25 for some linear."""
+    options = parse_options({"plan": plan_of_linears(known("dmpq", ratio, amax=False))})
+    assert [s.activation for s in options.schemes] == ["nvfp4", "uint8", "plain"][:activations]
+    assert len(parse_options({"quantize": "dmpq"}).schemes) == 2
+    other = parse_options({"plan": plan_of_linears(known("w8a8", ratio, amax=False))})
+    assert len(other.schemes) == 1
+
+
+@pytest.mark.parametrize("quantize", ["dmpq", "w8a8+online"])
+@pytest.mark.parametrize(
+    ("given", "level"),
+    [
+        ({}, "output+block"),
+        ({"cache": "off"}, "block"),
+        ({"cache": "hlc"}, "block"),
+        ({"cache": "hlc", "level": "sublayer"}, "sublayer"),
+        ({"plan": plan("output", regions=("output",))}, "output+block"),
+        ({"plan": plan("block")}, "block"),
+        ({"plan": plan("output", regions=("output",)), "level": "sublayer"}, "output+block"),
+    ],
+)
+def test_a_rule_for_precisions_has_the_statistics_of_blocks(quantize, given, level):
+    assert parse_options({"quantize": quantize} | given).level == level
+
+
+@pytest.mark.parametrize("given", [{"level": "network"}, {"plan": plan("network")}, {"level": "output"}])
+def test_a_level_without_them_is_refused(given):
+    with pytest.raises(OptionError, match="^quantize='dmpq' decides by the statistics of blocks: level="):
+        parse_options({"quantize": "dmpq"} | given)
+
+
+def test_without_a_rule_a_plan_of_the_output_stays_there():
+    options = parse_options({"quantize": "w8a8", "plan": plan("output", regions=("output",))})
+    assert options.level == "output"

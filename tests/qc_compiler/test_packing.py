@@ -2,15 +2,19 @@ import copy
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import qc_compiler
-from qc_compiler.errors import OptionError, PackedFileError, QuantCacheError
+from qc_compiler import Plan
+from qc_compiler.errors import OptionError, PackedFileError, PlanError, QuantCacheError
 from qc_compiler.formats.schemes import SCHEMES
 from qc_compiler.packing import PackedLinear, weight_bytes
-from tiny_models import compile_eagerly, tiny_dit
+from qc_compiler.registry import runtime_of
+from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
 X, T = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), 500.0)
 SCHEME = pytest.mark.parametrize("scheme", SCHEMES)
@@ -153,7 +157,7 @@ def test_damaged_files_are_refused(tmp_path):
         (whole[: len(whole) // 2], "damaged"),
         (b"", "damaged"),
         (whole.replace(b"int8", b"intX"), "header is invalid"),
-        (whole.replace(b'\\"version\\":1', b'\\"version\\":7'), "version 7"),
+        (whole.replace(b'\\"version\\":2', b'\\"version\\":7'), "version 7"),
         (whole.replace(b"quantcache_packed", b"quantcache_pucked"), "no packed model"),
         (whole.replace(b"float32", b"is_grad"), "invalid"),
     ]:
@@ -165,14 +169,178 @@ def test_damaged_files_are_refused(tmp_path):
         qc_compiler.load_packed(Wide(64), tmp_path / "missing")
 
 
+# -- by a plan
+
+
+def backend(gm, example_inputs, options=None):
+    return eager_backend(gm, example_inputs, options=options)
+
+
+class Separate(nn.Module):
+    """A transformer whose queries, keys and values are linears of their own."""
+
+    def __init__(self, width=64, depth=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(SeparateBlock(width) for _ in range(depth))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x, t):
+        x = x * torch.cos(t)[:, None, None]
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class SeparateBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.gain = nn.Parameter(1.0 + 20 * (torch.arange(width) == 3))
+
+    def forward(self, x):
+        h = F.layer_norm(x, x.shape[-1:]) * self.gain
+        return x + F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
+
+
+def sample_separate(m):
+    x = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for step in range(4):
+            x = x - 0.1 * m(x, torch.full((2,), 1.0 - 0.2 * step))
+    return x
+
+
+@pytest.mark.parametrize("recipe", ["importance", "w4a8+balance", "importance+balance+rotation", "dmpq"])
+def test_a_plan_packs_what_it_would_quantize(recipe, tmp_path):
+    model, x, t = Separate(), torch.randn(2, 8, 64), torch.full((2,), 0.5)
+    plan = qc_compiler.calibrate(model, sample_separate, None, quantize=recipe, backend=backend, progress=False)
+    expected = run(compile_eagerly(model, {"cache": "off", "emulate": True, "plan": plan}), x, t)
+    packed = qc_compiler.pack_(copy.deepcopy(model), plan)
+    assert any(isinstance(child, PackedLinear) for child in packed.modules())
+    assert torch.equal(run(packed, x, t), expected)
+    assert not torch.equal(expected, run(model, x, t))
+    qc_compiler.save_packed(packed, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        empty = Separate()
+    loaded = qc_compiler.load_packed(empty, tmp_path / "m.safetensors")
+    assert torch.equal(run(loaded, x, t), expected)
+
+
+def test_a_packed_model_chooses_as_its_plan_says():
+    """The plan fits the packed model, whose activations switch between the formats while its weights stay."""
+    model = tiny_dit(2)
+    kwargs = {"quantize": "dmpq", "backend": backend, "budget": 2, "progress": False}
+    plan = qc_compiler.calibrate(model, lambda m: sample(m, 8), 0.5, **kwargs)
+    expected = sample(compile_eagerly(model, {"plan": plan, "emulate": True}), 8)
+    compiled = compile_eagerly(qc_compiler.pack_(copy.deepcopy(model), plan), {"plan": plan, "emulate": True})
+    assert torch.equal(sample(compiled, 8), expected)
+    shares = qc_compiler.summary(compiled).precision_shares
+    assert set(shares) == {"nvfp4/nvfp4", "nvfp4/uint8"}
+    assert min(shares.values()) > 0
+
+
+def test_activations_chosen_online_are_packed_in_their_finest_format():
+    model = tiny_dit(2)
+    kwargs = {"quantize": "importance+online", "backend": backend, "progress": False}
+    plan = qc_compiler.calibrate(model, lambda m: sample(m, 8), None, **kwargs)
+    options = {"plan": plan, "emulate": True, "cache": "off"}
+    expected = sample(compile_eagerly(model, options), 8)
+    compiled = compile_eagerly(qc_compiler.pack_(copy.deepcopy(model), plan), options)
+    assert torch.equal(sample(compiled, 8), expected)
+    assert len(qc_compiler.summary(compiled).precision_shares) > 1
+
+
+def test_readers_of_one_input_are_balanced_together_within_their_block_only():
+    """Keys of every block read the same text, so their inputs have equal ranges; their weights are their own."""
+
+    class Cross(nn.Module):
+        def __init__(self, gain):
+            super().__init__()
+            self.q, self.kv = nn.Linear(32, 32), nn.Linear(32, 64)
+            self.kv.weight.data *= gain
+
+        def forward(self, x, text):
+            k, v = self.kv(text).chunk(2, -1)
+            return x + F.scaled_dot_product_attention(self.q(F.layer_norm(x, (32,))), k, v)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Cross(gain) for gain in (1.0, 30.0))
+
+        def forward(self, x, t, text):
+            x = x * torch.cos(t)[:, None, None]
+            for block in self.blocks:
+                x = block(x, text)
+            return x
+
+    torch.manual_seed(0)
+    model, text, t = Model().eval().requires_grad_(False), torch.randn(2, 4, 32), torch.full((2,), 0.5)
+
+    def generate(m):
+        x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+        for step in range(4):
+            x = x - 0.1 * m(x, t - 0.1 * step, text)
+        return x
+
+    plan = qc_compiler.calibrate(model, generate, None, quantize="w4a8+balance", backend=backend, progress=False)
+    expected = generate(compile_eagerly(model, {"cache": "off", "emulate": True, "plan": plan}))
+    assert torch.equal(generate(qc_compiler.pack_(copy.deepcopy(model), plan)), expected)
+
+
+def test_subclasses_of_linear_stay_and_a_linear_in_two_blocks_is_packed_once():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = Wide(64, 3)
+    model.blocks[0][0] = Scaled(64, 256)
+    model.blocks[2][0] = model.blocks[1][0]
+    qc_compiler.pack_(model, "w8a8")
+    assert type(model.blocks[0][0]) is Scaled
+    assert isinstance(model.blocks[1][0], PackedLinear)
+    assert model.blocks[2][0] is model.blocks[1][0]
+
+
+def test_the_branch_of_a_packed_linear_is_not_quantized_again():
+    packed, x = qc_compiler.pack_(tiny_dit(2), "w4a8+rank32"), {"cache": "off", "emulate": True}
+    assert torch.equal(run(compile_eagerly(packed, x | {"quantize": "w8a8"})), run(packed))
+
+
+def test_packing_frees_what_was_prepared_for_the_float_weights():
+    model = tiny_dit(2)
+    compiled = compile_eagerly(model, {"cache": "off", "emulate": True, "quantize": "w8a8"})
+    run(compiled)
+    (weights,) = runtime_of(model).prepared.values()
+    assert weights.nbytes > 0
+    qc_compiler.pack_(model, "w8a8")
+    assert weights.nbytes == 0
+
+
+def test_rank_and_rotation_without_a_plan():
+    model = tiny_dit(2)
+    options = {"cache": "off", "quantize": "nvfp4+rotation+rank4", "emulate": True}
+    expected = run(compile_eagerly(model, options))
+    packed = qc_compiler.pack_(copy.deepcopy(model), "nvfp4+rotation+rank4")
+    for block, original in zip(packed.blocks, model.blocks):
+        block.modulation = original.modulation
+    torch.testing.assert_close(run(packed), expected, rtol=0, atol=1e-6)
+
+
 # -- mistakes
 
 
 def test_mistakes_are_named():
     with pytest.raises(OptionError, match="did you mean 'nvfp4'"):
         qc_compiler.pack_(Wide(), "nvfp")
+    with pytest.raises(OptionError, match=r"pack_\(model, 'importance'\) needs a plan: calibrate"):
+        qc_compiler.pack_(Wide(), "importance")
+    with pytest.raises(OptionError, match=r"pack_\(model, 'dmpq'\): it chooses at every step"):
+        qc_compiler.pack_(Wide(), "dmpq")
+    with pytest.raises(PlanError, match="the plan says nothing about linears: calibrate"):
+        qc_compiler.pack_(Wide(), Plan("", "output", (), (), np.zeros((0, 0), bool), np.zeros((1, 0, 0, 1), "f4")))
     with pytest.raises(QuantCacheError, match="is packed already"):
-        qc_compiler.pack_(qc_compiler.pack_(Wide(), "w8a8"), "w8a8")
+        qc_compiler.pack_(qc_compiler.pack_(Wide(), "w8a8"), "nvfp4")
     with pytest.raises(QuantCacheError, match=r"no nn.Linear inside an nn.ModuleList"):
         qc_compiler.pack_(nn.Linear(4, 4), "w8a8")
     with pytest.raises(QuantCacheError, match="is not packed"):
@@ -206,3 +374,50 @@ def test_a_lora_branch_on_a_packed_linear(scheme):
         model.blocks[0].mlp[0].b.weight.mul_(3)
     assert torch.equal(run(compiled), run(model))
     assert not torch.equal(run(compiled), expected)
+
+
+@pytest.mark.parametrize("how", ["w4a8+rank32", "w4a8+balance"])
+def test_a_packed_model_can_change_its_precision(how):
+    model = tiny_dit(2)
+    plan = qc_compiler.calibrate(
+        model, sample, None, quantize=how, samples=2, emulate=True, progress=False, backend=eager_backend
+    )
+    packed = qc_compiler.pack_(model, plan)
+    expected = run(packed)
+    y = run(packed.to(torch.bfloat16), X.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.head.weight = self.embed.weight
+        self.blocks = nn.ModuleList([nn.Linear(64, 64)])
+
+    def forward(self, x):
+        return self.head(self.blocks[0](self.embed(x)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_weights_stay_tied(device, tmp_path):
+    packed = qc_compiler.pack_(Tied().requires_grad_(False), "nvfp4")
+    qc_compiler.save_packed(packed, tmp_path / "tied.safetensors")
+    with torch.device(device):
+        loaded = Tied().requires_grad_(False)
+    qc_compiler.load_packed(loaded, tmp_path / "tied.safetensors")
+    x = torch.randn(1, 4, 64)
+    assert loaded.head.weight is loaded.embed.weight
+    assert torch.allclose(loaded(x), packed(x), rtol=0, atol=1e-5)
+
+
+def test_a_model_that_was_calibrated_gives_its_float_weights_back():
+    model = tiny_dit(2)
+    plan = qc_compiler.calibrate(
+        model, sample, None, quantize="w4a8", samples=2, emulate=True, progress=False, backend=eager_backend
+    )
+    weight = weakref.ref(model.blocks[0].attn.qkv.weight)
+    qc_compiler.pack_(model, plan)
+    gc.collect()
+    assert weight() is None

@@ -2,14 +2,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
 
+from capture import capture
 from qc_compiler import plan as plan_module
+from qc_compiler.backend import fingerprint
 from qc_compiler.errors import PlanError
-from qc_compiler.plan import Plan
+from qc_compiler.plan import Plan, Quantization
+from tiny_models import compile_eagerly, sample, tiny_dit
 
 FINGERPRINT = "0123456789abcdef" * 4
 
@@ -34,7 +38,40 @@ def assert_equal(a, b):
         assert getattr(a, name) == getattr(b, name)
     for name in ("compute", "weights"):
         x, y = getattr(a, name), getattr(b, name)
-        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+        assert same(x, y)
+    assert (a.compensation is None) == (b.compensation is None)
+    assert a.compensation is None or same(a.compensation, b.compensation)
+    p, q = a.quantization, b.quantization
+    assert (p is None) == (q is None)
+    if p is not None:
+        for name in ("recipe", "sites", "threshold", "regions"):
+            assert getattr(p, name) == getattr(q, name)
+        assert all(same(getattr(p, name), getattr(q, name)) for name in ("bits", "ratios", "alpha", "beta", "noise"))
+        assert len(p.amax) == len(q.amax)
+        assert all(map(same, p.amax, q.amax))
+
+
+def same(x, y):
+    return (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+
+
+def quantization(num_sites=3, num_regions=2, **changes):
+    rng = np.random.default_rng(1)
+    fields = {
+        "recipe": "importance+balance",
+        "sites": tuple(f"blocks.{i}.mlp" for i in range(num_sites)),
+        "bits": np.array([4, 8, 16] * num_sites, dtype=np.int8)[:num_sites],
+        **{name: rng.random(num_sites, dtype=np.float32) for name in ("ratios", "alpha", "beta")},
+        "threshold": 0.25,
+        "amax": tuple(rng.random(3 + i, dtype=np.float32) for i in range(num_sites)),
+        "noise": rng.random((2, num_regions), dtype=np.float32),
+        "regions": tuple(f"blocks.{i}" for i in range(num_regions)),
+    }
+    return Quantization(**fields | changes)
+
+
+def without_schedule(num_steps=3, depth=1, **changes):
+    return make(num_steps, 0, depth, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +90,29 @@ names = st.text(max_size=12)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
+def floats(*shape):
+    return npst.arrays(np.float32, shape, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+
+
+@st.composite
+def quantizations(draw):
+    num_sites, num_regions, widths = draw(st.integers(0, 3)), draw(st.integers(0, 2)), st.integers(0, 4)
+    return Quantization(
+        draw(names),
+        tuple(draw(st.lists(names, min_size=num_sites, max_size=num_sites))),
+        draw(npst.arrays(np.int8, num_sites)),
+        *(draw(floats(num_sites)) for _ in range(3)),
+        threshold=draw(finite),
+        amax=tuple(draw(floats(draw(widths))) for _ in range(num_sites)) if draw(st.booleans()) else (),
+        noise=draw(floats(draw(st.integers(1, 3)), num_regions)),
+        regions=tuple(draw(st.lists(names, min_size=num_regions, max_size=num_regions))),
+    )
+
+
 @st.composite
 def plans(draw):
-    num_steps, num_regions, depth = (draw(st.integers(1, 4)) for _ in range(3))
+    num_regions = draw(st.integers(0, 3))
+    num_steps, depth, channels = (draw(st.integers(1, 4)) for _ in range(3))
     streams = tuple(draw(st.lists(names, min_size=1, max_size=3, unique=True)))
     return Plan(
         fingerprint=draw(names),
@@ -72,6 +129,8 @@ def plans(draw):
         ),
         streams=streams,
         measured=draw(st.dictionaries(names, finite, max_size=3)),
+        quantization=draw(st.none() | quantizations()),
+        compensation=draw(st.none() | floats(len(streams), num_steps, channels, 2)),
     )
 
 
@@ -160,6 +219,7 @@ def header(**changes):
         "streams": ["0"],
         "timesteps": [1.0],
         "measured": {},
+        "quantization": None,
     }
     arrays = {"compute": np.ones((1, 1), np.uint8), "weights": np.ones((1, 1, 1, 1), np.float32)}
     fields["checksum"] = plan_module._checksum(fields, arrays)
@@ -169,7 +229,7 @@ def header(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "plan version 2, this quantcache reads 1: calibrate again"),
+        ({"version": 1}, "plan version 1, this quantcache reads 2: calibrate again"),
         ({"version": "1"}, "the plan's header is invalid: "),
         ({"regions": "a"}, "the plan's header is invalid: "),
         ({"timesteps": ["1"]}, "the plan's header is invalid: "),
@@ -216,7 +276,7 @@ def test_arrays_must_fit_the_steps_and_regions(changes):
         make(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"depth": 0}, {"num_steps": 0}, {"num_regions": 0}, {"streams": ()}])
+@pytest.mark.parametrize("changes", [{"depth": 0}, {"num_steps": 0}, {"streams": ()}])
 def test_a_plan_is_not_empty(changes):
     with pytest.raises(PlanError, match="a plan needs a stream, a step, a region and a depth"):
         make(**changes)
@@ -260,3 +320,198 @@ def test_streams_have_weights_of_their_own_and_unknown_ones_those_of_the_first()
 def test_sizes():
     plan = make(num_steps=5, depth=3)
     assert (plan.num_steps, plan.depth) == (5, 3)
+
+
+# -- what is known of the linears, and the compensation
+
+
+@pytest.fixture
+def full(tmp_path):
+    path = tmp_path / "full.safetensors"
+    make(quantization=quantization(), compensation=np.ones((1, 3, 4, 2), np.float32)).save(path)
+    return path
+
+
+def test_all_that_calibration_found_is_loaded_again(full):
+    loaded = Plan.load(full)
+    assert_equal(loaded, make(quantization=quantization(), compensation=np.ones((1, 3, 4, 2), np.float32)))
+    assert [amax.shape for amax in loaded.quantization.amax] == [(3,), (4,), (5,)]
+    before = full.read_bytes()
+    loaded.save(full)
+    assert full.read_bytes() == before
+
+
+def test_arrays_in_another_order_are_saved_as_they_are(tmp_path):
+    """An array that is a transpose in memory is the same array in the file."""
+    noise, correction = np.arange(6, dtype=np.float32).reshape(2, 3).T, np.ones((1, 3, 4, 2), np.float32)
+    correction[..., 0] = np.arange(12).reshape(3, 4)
+    plan = make(quantization=quantization(noise=noise), compensation=np.asfortranarray(correction))
+    plan.save(tmp_path / "a")
+    loaded = Plan.load(tmp_path / "a")
+    assert (loaded.quantization.noise == noise).all()
+    assert (loaded.compensation == correction).all()
+
+
+def test_damage_to_what_is_known_of_the_linears_is_noticed(full):
+    """Every bit of the arrays counts."""
+    whole = full.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(begin, len(whole)):
+        full.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(PlanError, match="checksum differs"):
+            Plan.load(full)
+
+
+@pytest.mark.parametrize("word", ["importance+balance", "blocks.1.mlp", "0.25"])
+def test_damage_to_their_header_is_noticed(full, word):
+    whole = full.read_bytes()
+    assert word.encode() in whole
+    full.write_bytes(whole.replace(word.encode(), word.replace("1", "2").replace("5", "6").replace("b", "d").encode()))
+    with pytest.raises(PlanError, match="checksum differs"):
+        Plan.load(full)
+
+
+@pytest.mark.parametrize("missing", ["bits", "noise", "amax"])
+def test_a_file_without_one_of_their_arrays(tmp_path, missing, monkeypatch):
+    """Even where the checksum is right."""
+    save = plan_module.save_file
+
+    def spoiled(arrays, path, metadata):
+        fields = json.loads(metadata["quantcache_plan"])
+        fields.pop("checksum")
+        kept = {name: array for name, array in arrays.items() if name != missing}
+        fields["checksum"] = plan_module._checksum(fields, kept)
+        save(kept, path, metadata={"quantcache_plan": json.dumps(fields)})
+
+    monkeypatch.setattr(plan_module, "save_file", spoiled)
+    make(quantization=quantization()).save(tmp_path / "a")
+    with pytest.raises(PlanError, match="calibrate again"):
+        Plan.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["bits", "ratios", "alpha", "beta"])
+@pytest.mark.parametrize("shape", [(2,), (4,), (), (3, 1)])
+def test_there_is_one_number_for_each_linear(name, shape):
+    with pytest.raises(PlanError, match=f"a plan for 3 linears needs as many {name}: calibrate again"):
+        quantization(**{name: np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"amax": (np.ones(3, np.float32),)},
+        {"noise": np.zeros((2, 3), np.float32)},
+        {"noise": np.zeros(2, np.float32)},
+        {"noise": np.zeros((2, 2, 1), np.float32)},
+        {"regions": ()},
+    ],
+)
+def test_ranges_and_noise_belong_to_linears_and_regions(changes):
+    with pytest.raises(PlanError, match="ranges or noise do not belong to its linears and regions: calibrate again"):
+        quantization(**changes)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (2, 3, 4, 2), (1, 2, 4, 2), (1, 3, 4, 3), (1, 3, 4, 2, 1), (3, 4, 2)])
+def test_a_compensation_of_another_shape(shape):
+    with pytest.raises(PlanError, match=r"a plan of 1 streams and 3 steps cannot hold a compensation .*: calibrate"):
+        make(compensation=np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_compensation_is_finite(bad):
+    with pytest.raises(PlanError, match="cannot hold a compensation"):
+        make(compensation=np.full((1, 3, 4, 2), bad, np.float32))
+
+
+def test_outliers_are_above_a_ratio_of_25():
+    known = quantization(ratios=np.array([25.0, 25.1, np.nan], np.float32))
+    assert known.has_outliers.tolist() == [False, True, False]
+
+
+def test_the_noise_of_a_region_is_its_own_or_that_of_its_block():
+    known = quantization()
+    assert [known.region_of(name) for name in ("blocks.1", "blocks.0/attn", "blocks.1/mlp", "output", "blocks.2")] == [
+        1, 0, 1, None, None,
+    ]  # fmt: skip
+
+
+# -- plans without a schedule
+
+
+def test_a_plan_without_regions_has_no_schedule(tmp_path):
+    plan = without_schedule(quantization=quantization())
+    assert not plan.has_schedule
+    assert make().has_schedule
+    plan.save(tmp_path / "a")
+    assert_equal(Plan.load(tmp_path / "a"), plan)
+    plan.check_model(FINGERPRINT, ("blocks.0", "blocks.1"))
+    with pytest.raises(PlanError, match="calibrate this model"):
+        plan.check_model("f" * 64, ("blocks.0", "blocks.1"))
+
+
+LINEARS = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "attn.out", "mlp.0", "mlp.2")]
+
+
+@pytest.fixture
+def plan_for_dit():
+    """Makes plans without a schedule for `tiny_dit(2)`."""
+    gm = capture(tiny_dit(2), torch.zeros(2, 16, 8), torch.ones(2)).normalized()
+    torch._dynamo.reset()
+
+    def made(recipe, bits=8, **changes):
+        known = quantization(
+            8,
+            recipe=recipe,
+            sites=tuple(LINEARS),
+            bits=np.array(np.broadcast_to(bits, 8), np.int8),
+            amax=tuple(np.full(width, 2.0, np.float32) for width in (32, 32, 32, 64) * 2)
+            if "balance" in recipe
+            else (),
+            **{"noise": np.zeros((1, 2), np.float32)} | changes,
+        )
+        return without_schedule(fingerprint=fingerprint(gm), quantization=known)
+
+    return made
+
+
+def run(**options):
+    torch._dynamo.reset()
+    return sample(compile_eagerly(tiny_dit(2), {"cache": "off", "emulate": True} | options))
+
+
+def test_eight_bits_for_every_weight_are_w8a8(plan_for_dit, tmp_path):
+    plan_for_dit("importance").save(tmp_path / "a")
+    found = run(plan=tmp_path / "a")
+    assert torch.equal(found, run(quantize="w8a8"))
+    assert not torch.equal(found, run())
+
+
+def test_the_bits_of_a_plan_are_those_of_the_weights(plan_for_dit):
+    assert torch.equal(run(plan=plan_for_dit("importance", 4)), run(quantize="w4a8"))
+    assert torch.equal(run(plan=plan_for_dit("importance", 16)), run())
+    mixed = run(plan=plan_for_dit("importance", [4, 4, 4, 4, 8, 8, 8, 8]))
+    assert not any(torch.equal(mixed, run(quantize=name)) for name in ("w8a8", "w4a8"))
+
+
+def test_the_ranges_of_a_plan_survive_the_file(plan_for_dit, tmp_path):
+    plan = plan_for_dit("w8a8+balance")
+    plan.save(tmp_path / "a")
+    found = run(plan=tmp_path / "a")
+    assert torch.equal(found, run(plan=plan))
+    assert not torch.equal(found, run(quantize="w8a8"))
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "static"}])
+def test_a_plan_for_another_model_is_refused_whatever_it_holds(options):
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="calibrate this model"):
+        run(plan=without_schedule(quantization=quantization(recipe="importance")), **options)
+
+
+def test_a_plan_file_that_was_written_anew_is_read_anew(tmp_path, plan_for_dit):
+    path, plan = tmp_path / "plan", plan_for_dit("importance", 8)
+    plan.save(path)
+    assert torch.equal(run(plan=str(path)), run(plan=plan))
+    other = plan_for_dit("importance", 4)
+    assert (other.digest == plan.digest, plan_for_dit("importance", 8).digest == plan.digest) == (False, True)
+    other.save(path)
+    assert torch.equal(run(plan=str(path)), run(plan=other))

@@ -65,6 +65,16 @@ def test_graphs_of_two_shapes_share_the_prepared_weights():
     assert prepared_of(model).count == 1
 
 
+def test_a_graph_of_symbolic_sizes_finds_its_weights():
+    """Its sizes are inputs, too, so that the weights stand elsewhere than in the first graph."""
+    model = tiny_dit(2)
+    compiled = compile_eagerly(model, OPTIONS)
+    run(compiled), run(compiled, X[:1], T[:1])
+    x, t = torch.randn(3, 20, 8), torch.full((3,), 400.0)
+    assert torch.equal(run(compiled, x, t), run(compile_eagerly(model, OPTIONS, dynamic=False), x, t))
+    assert prepared_of(model).count == 1
+
+
 def test_weights_that_stay_are_prepared_once():
     model = tiny_dit(2)
     compiled = compile_eagerly(model, OPTIONS)

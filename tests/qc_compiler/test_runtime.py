@@ -4,6 +4,7 @@ import gc
 import threading
 import warnings
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,14 @@ from torch import nn
 import qc_compiler
 from driver import SHAPE, Driver, noise
 from qc_compiler import OptionError, Plan, PlanError, UnsupportedModelError, stream
+from qc_compiler.compensation import compensate
 from qc_compiler.formats import parse_format
+from qc_compiler.graph import Report
+from qc_compiler.pipeline import PassRun
+from qc_compiler.plan import Quantization
 from qc_compiler.registry import runtime_of
-from qc_compiler.runtime import _STREAM, MAX_STREAMS, MAX_TRAJECTORIES
+from qc_compiler.runtime import _STREAM, MAX_STREAMS, MAX_TRAJECTORIES, Position, _PendingStep
+from qc_compiler.statistics import Statistic, Sum
 from ranks import decide_as_rank
 from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
@@ -294,7 +300,7 @@ def test_a_graph_with_a_probe_can_leave_teacache_and_return():
 def plan_for(driver, num_steps=4, **changes):
     names = driver.graph.names
     compute = np.zeros((num_steps, len(names)), dtype=np.bool_)
-    compute[0] = compute[2, 1] = True
+    compute[0] = compute[2, 1:2] = True
     weights = np.full((1, num_steps, len(names), driver.graph.interface.depth), 0.5, dtype=np.float32)
     fields = {
         "fingerprint": driver.runtime.fingerprint,
@@ -394,6 +400,255 @@ def test_without_a_timestep_or_a_number_of_steps_the_model_runs_plain():
         compiled(x)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x + 1), model(x + 1))
+
+
+# -- the noise floor
+
+
+def test_a_plan_for_other_linears_needs_a_new_graph():
+    driver = Driver(**EVERY_SECOND)
+    with pytest.raises(OptionError, match="plan=… for linears quantized as 'w8a8' needs a new torch.compile"):
+        driver.runtime.configure(plan=without_schedule(driver, quantization=quantization_for(driver, 1.0)))
+    driver.runtime.options = replace(driver.runtime.options, quantize="importance")
+    with pytest.raises(
+        OptionError, match="'importance' needs a new torch.compile: the bits and ranges it was compiled"
+    ):
+        known = quantization_for(driver, 1.0, recipe="importance")
+        driver.runtime.configure(plan=without_schedule(driver, quantization=known))
+
+
+def quantization_for(driver, floor, num_choices=1, **changes):
+    """Knows the noise of every region, higher at the lower precision."""
+    fields = {
+        "recipe": "w8a8",
+        "sites": (),
+        "bits": np.zeros(0, np.int8),
+        **{name: np.zeros(0, np.float32) for name in ("ratios", "alpha", "beta")},
+        "noise": np.array([[floor / 2**i] * len(driver.graph.names) for i in range(num_choices)], np.float32),
+        "regions": driver.graph.names,
+    }
+    return Quantization(**fields | changes)
+
+
+def know(driver, known):
+    """Gives a driver a plan for its linears, as if its graph had been compiled with them quantized."""
+    driver.runtime.options = replace(driver.runtime.options, quantize=known.recipe)
+    driver.runtime.reports = [PassRun("lower-linears", Report(changed=1), 0.0)]
+    driver.runtime.configure(plan=without_schedule(driver, quantization=known))
+
+
+def without_schedule(driver, timesteps=(), **changes):
+    """Returns a plan that leaves it to the option `cache` what is computed."""
+    none = {"regions": (), "compute": np.zeros((len(timesteps), 0), np.bool_)}
+    fields = {"timesteps": timesteps, "weights": np.zeros((1, len(timesteps), 0, 1), np.float32)}
+    return plan_for(driver, **none | fields | changes)
+
+
+def test_a_change_below_the_noise_floor_is_seen_as_the_floor():
+    """HLC with a threshold far below the floor never skips longer than it would for a change as large as the floor."""
+    plain, bounded = (Driver(cache="hlc", level="block", threshold=5.0, num_steps=50) for _ in range(2))
+    know(bounded, quantization_for(bounded, 1e3))
+    for t in np.linspace(1000, 500, 20):
+        for driver in (plain, bounded):
+            driver(noise(), t)
+    steps = bounded.runtime.trajectories[-1].streams[0].steps
+    changes = [step.resolve().statistics[:, Statistic.CHANGE] for step in steps if step.computed.any()]
+    assert all((change == 1e3).all() for change in changes[1:])
+    assert [step.num_bounded for step in steps[1:]] == [3 * step.computed.any() for step in steps[1:]]
+    # τ_min of 3 in place of τ_max of 12, both at 100 steps
+    assert plain.computed() == [i in (0, 1, 7, 13, 19) for i in range(20)]
+    assert bounded.computed() == [i == 0 or i % 2 == 1 for i in range(20)]
+
+
+def test_a_change_above_the_noise_floor_is_seen_as_it_is():
+    plain, bounded = Driver(**EVERY_SECOND), Driver(**EVERY_SECOND)
+    know(bounded, quantization_for(bounded, 1e-9))
+    for driver in (plain, bounded):
+        for t in (1000, 900, 800):
+            driver(noise(), t)
+    found, expected = ([s.resolve() for s in d.runtime.trajectories[-1].streams[0].steps] for d in (bounded, plain))
+    assert all(np.array_equal(a.statistics, b.statistics) for a, b in zip(found, expected))
+    assert sum(step.num_bounded for step in bounded.runtime.trajectories[-1].streams[0].steps) == 0
+
+
+def test_a_region_that_the_plan_does_not_know_has_no_floor():
+    driver = Driver(**EVERY_SECOND)
+    known = quantization_for(driver, 1e3, noise=np.array([[1e3]], np.float32), regions=("blocks.1",))
+    know(driver, known)
+    for t in (1000, 900, 800):
+        driver(noise(), t)
+    last = driver.runtime.trajectories[-1].streams[0].steps[-1]
+    assert (last.resolve().statistics[:, Statistic.CHANGE] == 1e3).tolist() == [False, True, False]
+    assert last.num_bounded == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [(None, [4, 4, 4]), ([0, 0, 0, 0], [4, 4, 4]), ([1, 1, 1, 1], [2, 2, 2]), ([1, 0, 1, 1], [4, 2, 4])],
+)
+def test_the_floor_is_that_of_the_lowest_precision_in_a_block(precision, expected):
+    """Sites 0 and 1 lie in block 0, the others in block 1; block 2 has none, so it takes the lowest of all."""
+    driver = Driver(**EVERY_SECOND)
+    know(driver, quantization_for(driver, 4.0, 2))
+    driver.graph._speaking = [0, 0, 1, 1]
+    assert driver.graph._floor(None if precision is None else np.array(precision)).tolist() == expected
+
+
+def test_nan_stays_nan_above_a_floor():
+    floor, sums = np.full(2, 0.5, np.float32), torch.ones(2, len(Sum))
+    sums[0] = float("nan")
+    step = _PendingStep(0, 0.0, np.ones(2, np.bool_), list(sums), None, floor)
+    change = step.resolve().statistics[:, Statistic.CHANGE]
+    assert np.isnan(change[0])
+    assert (change[1], step.num_bounded) == (1.0, 0)
+
+
+# -- what a schedule says of precision
+
+
+def test_what_is_kept_is_what_the_schedule_reuses_next():
+    driver = Driver(**EVERY_SECOND)
+    driver.runtime.configure(plan=plan_for(driver))  # step 2 computes blocks.1 alone
+    for t in (1000, 900, 800, 700):
+        driver(noise(), t)
+    trajectory = driver.runtime.trajectories[-1]
+    kept = [
+        driver.graph._kept(driver.runtime.options, Position(trajectory, False, i, 0), 1000.0 - 100 * i).tolist()
+        for i in range(4)
+    ]
+    assert kept == [[True] * 3, [True, False, True], [True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize(("cache", "expected"), [("static", True), ("off", False)])
+def test_without_a_schedule_everything_may_be_kept_unless_nothing_is(cache, expected):
+    driver = Driver(**EVERY_SECOND)
+    driver.runtime.configure(cache=cache)
+    driver(noise(), 1000)
+    position = Position(driver.runtime.trajectories[-1], False, 0, 0)
+    assert driver.graph._kept(driver.runtime.options, position, 1000.0).tolist() == [expected] * 3
+
+
+def output_plan(driver, compute=(1, 0, 1, 0), **changes):
+    return plan_for(
+        driver,
+        level="output",
+        regions=("output",),
+        compute=np.array(compute, np.bool_)[:, None],
+        weights=np.full((1, 4, 1, 1), 1.0, np.float32),
+        **changes,
+    )
+
+
+def test_a_schedule_of_the_output_steers_a_finer_graph():
+    """As `dmpq` needs it: the statistics of blocks, and whole steps computed or not."""
+    driver = Driver(**EVERY_SECOND | {"level": "output+block"})
+    plan = output_plan(driver)
+    driver.runtime.configure(plan=plan)
+    outputs = [driver(noise(i) * 0.1 + noise(), t) for i, t in enumerate((1000, 900, 800, 700))]
+    assert driver.computed() == [True, False, True, False]
+    assert driver.decisions[2].shape == (4,)
+    assert torch.equal(outputs[1], outputs[0])
+    assert torch.equal(outputs[3], outputs[2])
+    position = Position(driver.runtime.trajectories[-1], False, 0, 0)
+    assert driver.graph._kept(driver.runtime.options, position, 1000.0).tolist() == [True] * 4
+
+
+# -- compensation
+
+
+def corrected(level="output", compute=(1, 0, 1, 0), **options):
+    """Returns a driver with a plan that corrects its output, one without, and the corrections."""
+    bare = Driver(**EVERY_SECOND | {"level": level} | options)
+    values = np.random.default_rng(0).uniform(0.5, 1.5, (1, 4, 8, 2)).astype(np.float32)
+    plan = output_plan(bare, compute)
+    bare.runtime.configure(plan=plan)
+    return Driver(plan=replace(plan, compensation=values)), bare, torch.from_numpy(values)[0]
+
+
+def test_computed_and_reused_steps_are_corrected_each_with_its_own():
+    driver, bare, values = corrected()
+    for i, t in enumerate((1000, 900, 800, 700)):
+        x = noise() + 0.1 * noise(i)
+        expected = compensate(bare(x, t), values[i])
+        torch.testing.assert_close(driver(x, t), expected, rtol=1e-5, atol=1e-6)
+    assert driver.computed() == bare.computed() == [True, False, True, False]
+
+
+def test_what_is_reused_is_not_corrected_twice():
+    driver, bare, _ = corrected(compute=(1, 0, 0, 0))
+    for t in (1000, 900, 800):
+        driver(noise(), t)
+        bare(noise(), t)
+    assert all(torch.equal(a, b) for a, b in zip(driver.slots(), bare.slots(), strict=True))
+
+
+def test_a_stream_that_the_plan_does_not_know_takes_the_first_ones_correction():
+    driver, bare, values = corrected()
+    for x in (noise(0), noise(1)):
+        torch.testing.assert_close(driver(x, 1000), compensate(bare(x, 1000), values[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_compensation_in_the_plan_the_graph_returns_what_the_model_said():
+    driver, bare, _ = corrected()
+    driver.runtime.configure(plan=replace(driver.runtime.options.plan, compensation=None))
+    for t in (1000, 900):
+        assert torch.equal(driver(noise(), t), bare(noise(), t))
+
+
+def test_a_graph_without_correction_refuses_a_plan_that_corrects():
+    """It would correct the steps that it reuses and not those that it computes."""
+    driver, bare, _ = corrected()
+    with pytest.raises(OptionError, match=r"needs a new torch\.compile"):
+        bare.runtime.configure(plan=driver.runtime.options.plan)
+
+
+def test_where_the_graph_could_not_be_corrected_reused_steps_are_not_either():
+    """An output without channels: `CompensateOutput` skips it."""
+    driver, *_ = corrected()
+    driver(noise(), 1000)
+    position = Position(driver.runtime.trajectories[-1], False, 1, 0)
+    assert driver.graph._compensation(position, 900.0) is not None
+    driver.graph.interface.num_channels = None
+    assert driver.graph._compensation(position, 900.0) is None
+
+
+def test_a_pilot_sees_what_the_model_said_and_its_result_is_returned():
+    class Pilot:
+        def decide(self, *_):
+            return None
+
+        def observe(self, graph, position, timestep, inputs, results):
+            self.seen = results[0].clone()
+            return (results[0] + 1,)
+
+    driver, bare, _ = corrected()
+    driver.runtime.pilot = Pilot()
+    result, expected = driver(noise(), 1000), bare(noise(), 1000)
+    assert torch.equal(driver.runtime.pilot.seen, expected)
+    assert torch.equal(result, expected + 1)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_failure_in_mid_step_leaves_a_corrected_trajectory_as_it_was(failing, monkeypatch):
+    undisturbed, driver = corrected()[0], corrected()[0]
+    for i, t in enumerate((1000, 900, 800, 700)):
+        expected = undisturbed(noise(), t)
+        if i == failing:
+            before = driver.slots()
+            num_steps = [len(s.steps) for t in driver.runtime.trajectories for s in t.streams]
+            with monkeypatch.context() as patch:
+                patch.setattr("qc_compiler.runtime.compensate", fails)
+                if i != 1:
+                    patch.setattr(driver.graph, "compiled", fails)
+                with pytest.raises(torch.OutOfMemoryError):
+                    driver(noise(), t)
+            assert [id(a) for a in driver.slots()] == [id(b) for b in before]
+            assert [len(s.steps) for t in driver.runtime.trajectories for s in t.streams] == num_steps
+        assert torch.equal(driver(noise(), t), expected)
+
+
+def fails(*_):
+    raise torch.OutOfMemoryError("out of memory")
 
 
 # -- extrapolation

@@ -1,9 +1,15 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import qc_compiler
-from qc_compiler.graph import RegionSpec
+from driver import Driver, noise
+from qc_compiler.graph import RegionSpec, Report
+from qc_compiler.pipeline import PassRun
+from qc_compiler.plan import Plan, Quantization
 from qc_compiler.trajectory_summary import computed_share
 from tiny_models import eager_backend, sample, tiny_dit
 
@@ -32,6 +38,52 @@ def test_summary_prints_a_row_a_region(summary):
     assert "blocks.2" in text
     assert "█···█···" in text
     assert "computed share 0.250 over 1 stream" in text
+
+
+def test_without_quantization_nothing_is_said_of_it(summary):
+    (stream,) = summary.streams
+    assert (stream.num_bounded, stream.precision, summary.schemes, summary.precision_shares) == (0, None, (), {})
+    assert "precision" not in str(summary)
+    assert "noise floor" not in str(summary)
+
+
+def test_changes_below_the_noise_floor_are_counted():
+    driver = Driver(cache="static", interval=2, level="block")
+    empty = np.zeros(0, np.float32)
+    noises = np.array([[1e3, 1e3, 0]], np.float32)
+    known = Quantization(
+        "w8a8", (), np.zeros(0, np.int8), empty, empty, empty, noise=noises, regions=driver.graph.names
+    )
+    none = np.zeros((0, 0), np.bool_), np.zeros((1, 0, 0, 1), np.float32)
+    driver.runtime.options = replace(driver.runtime.options, quantize="w8a8")
+    driver.runtime.reports = [PassRun("lower-linears", Report(changed=1), 0.0)]
+    driver.runtime.configure(plan=Plan(driver.runtime.fingerprint, "output", (), (), *none, quantization=known))
+    model = SimpleNamespace()
+    for expected, phrase in ((2, "2 changes lay below the noise floor"), (4, "4 changes lay below the noise floor")):
+        for _ in range(2 if driver.decisions else 3):
+            driver(noise(), 1000 - 100 * len(driver.decisions))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qc_compiler.trajectory_summary.runtime_of", lambda _: driver.runtime)
+            summary = qc_compiler.summary(model)
+        assert summary.streams[0].num_bounded == expected
+        assert phrase in str(summary)
+    one = replace(summary, streams=(replace(summary.streams[0], num_bounded=1),))
+    assert "1 change lay below the noise floor" in str(one)
+
+
+def test_the_precision_of_every_site_and_step_is_told():
+    options = {"cache": "static", "interval": 2, "level": "output+block", "quantize": "dmpq", "emulate": True}
+    model = torch.compile(tiny_dit(1), backend=backend, options=options)
+    sample(model, 6)
+    summary = qc_compiler.summary(model)
+    (stream,) = summary.streams
+    assert stream.precision.shape == (6, 4)
+    assert ((stream.precision == -1).all(axis=1) == [False, True] * 3).all()
+    assert (stream.precision[::2] == 1).all()  # every computed step comes after a reused one
+    assert summary.precision_shares == {"nvfp4/nvfp4": 0.0, "nvfp4/uint8": 1.0}
+    assert "precision: nvfp4/nvfp4 0 %, nvfp4/uint8 100 %" in str(summary)
+    mixed = replace(stream, precision=np.array([[1, 1, 0, 1], [-1] * 4, [0, 0, 0, 1]]))
+    assert "precision: nvfp4/nvfp4 50 %, nvfp4/uint8 50 %" in str(replace(summary, streams=(mixed,)))
 
 
 def test_the_map_is_a_png(summary, tmp_path):

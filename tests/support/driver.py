@@ -38,11 +38,14 @@ class Driver:
     def __init__(self, depth: int = 3, **options: Any) -> None:
         parsed = parse_options(options)
         self.runtime = Runtime(parsed)
-        self.gm = _rewritten(
-            depth,
-            **{"cache": parsed.cache, "level": parsed.level, "cache_order": parsed.depth - 1}
-            | {"cache_dtype": parsed.cache_dtype},
-        )
+        if parsed.plan is not None:
+            self.gm = _captured(depth).rewritten(**options)
+        else:
+            self.gm = _rewritten(
+                depth,
+                **{"cache": parsed.cache, "level": parsed.level, "cache_order": parsed.depth - 1}
+                | {"cache_dtype": parsed.cache_dtype},
+            )
         captured = _captured(depth)
         self.graph = _guarded_graph(self.gm, len(captured.inputs), self.runtime)
         self.graph.compiled = self._compiled

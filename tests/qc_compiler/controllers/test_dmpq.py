@@ -10,6 +10,8 @@ from qc_compiler.options import parse_options
 from qc_compiler.statistics import Statistic
 from tiny_models import compile_eagerly, tiny_dit
 
+KEPT, DROPPED = np.ones(2, dtype=bool), np.zeros(2, dtype=bool)
+
 
 def history(*steps):
     """steps: for each earlier step the Γ of two regions, None where it was reused."""
@@ -23,19 +25,26 @@ def history(*steps):
 
 def test_the_predicted_error_decides():
     rule = DMPQ(threshold=0.5)
-    assert rule.decide(history((0.4, 0.6)), [0, 1, 1]).tolist() == [0, 1, 1]
+    assert rule.decide(history((0.4, 0.6)), [0, 1, 1], KEPT).tolist() == [0, 1, 1]
     fitted = DMPQ(threshold=0.5, alpha=(2.0, 0.1), beta=(0.0, 0.6))
-    assert fitted.decide(history((0.2, 0.6)), [0, 1]).tolist() == [0, 1]
+    assert fitted.decide(history((0.2, 0.6)), [0, 1], KEPT).tolist() == [0, 1]
 
 
 def test_the_first_step_and_a_refresh_are_in_high_precision():
     rule = DMPQ(threshold=0.5)
-    assert rule.decide(None, [0, 1]).tolist() == [1, 1]
-    assert rule.decide(history((0.1, 0.1), (None, 0.1)), [0, 1]).tolist() == [1, 0]
+    assert rule.decide(None, [0, 1], KEPT).tolist() == [1, 1]
+    assert rule.decide(history((0.1, 0.1), (None, 0.1)), [0, 1], KEPT).tolist() == [1, 0]
+
+
+def test_inputs_with_outliers_stay_unquantized_where_the_residual_will_be_reused():
+    rule = DMPQ(threshold=0.5, outliers=(True, False))
+    assert rule.decide(history((0.1, 0.1)), [0, 1], KEPT).tolist() == [2, 0]
+    assert rule.decide(None, [0, 1], KEPT).tolist() == [2, 1]
+    assert rule.decide(history((0.1, 0.1)), [0, 1], DROPPED).tolist() == [0, 0]
 
 
 def test_nan_is_high_precision():
-    assert DMPQ().decide(history((float("nan"), 0.0)), [0, 1]).tolist() == [1, 0]
+    assert DMPQ().decide(history((float("nan"), 0.0)), [0, 1], KEPT).tolist() == [1, 0]
 
 
 def test_it_needs_the_statistics_of_blocks():

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from qc_compiler.errors import OptionError
 from qc_compiler.formats import parse_format
-from qc_compiler.formats.schemes import schemes_of
+from qc_compiler.formats.schemes import recipe_of
 from qc_compiler.formats.transforms import balancing_scales, hadamard, low_rank, rotate, rotation_size
 
 
@@ -60,10 +60,10 @@ def test_a_low_rank_branch_and_its_residual_are_the_weight(outer, inner, rank, s
 
 
 def test_additions_to_a_scheme():
-    (scheme,) = schemes_of("nvfp4+rank16+rotation")
+    (scheme,) = recipe_of("nvfp4+rank16+rotation").schemes
     assert (scheme.weight, scheme.rotation, scheme.rank) == ("nvfp4", True, 16)
-    assert [s.rotation for s in schemes_of("dmpq+rotation")] == [True, True]
-    with pytest.raises(OptionError, match="'spin' cannot be added, expected 'rotation' or 'rank32'"):
-        schemes_of("w8a8+spin")
+    assert [s.rotation for s in recipe_of("dmpq+rotation").schemes] == [True, True]
+    with pytest.raises(OptionError, match="'spin' cannot be added, valid: balance, inverse, online, rank32, rotation"):
+        recipe_of("w8a8+spin")
     with pytest.raises(OptionError, match="did you mean 'w8a8'"):
-        schemes_of("w8a9")
+        recipe_of("w8a9")

@@ -1,0 +1,167 @@
+"""What quantization and caching do to each other, and what each remedy gives back.
+
+One schedule (a third of 50 steps, calibrated in full precision) and NVFP4 linears, alone and together; then, one after
+the other: DMPQ calibrated on samples of the cached trajectory (chosen evenly, by TAP, by k-means, at random), variance
+compensation (of the output in the graph; of the sample in a callback), PDR. A second table has an adaptive rule with
+and without the noise floor. Same seeds for all, another one for calibration; formats are emulated, so quality only.
+
+    python benchmarks/interaction.py [--model image] [--variant outliers]
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import qc_compiler
+from harness import header, table, write
+from qc_compiler.compensation import SampleCompensation
+from qc_compiler.controllers.dmpq import DMPQ
+from qc_compiler.plan import Plan
+from quantization import activation_bits_of, as_video
+from sampling import load_classifier, load_dit, load_model, psnr, sample, ssim
+
+STEPS, GUIDANCE, SEED, CALIBRATION_SEED, SHARE, BITS = 50, 2.0, 7, 3, 0.33, 5.0
+HEADINGS = ("what", "computed", "activation bits", "PSNR dB", "median", "SSIM", "variance", "recognized")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("image", "video"), default="image")
+    parser.add_argument("--variant", choices=("trained", "outliers"), default="trained")
+    args = parser.parse_args()
+    from outliers import add_outliers  # `harness` has put the examples on the path by now
+
+    model = (load_dit if args.model == "image" else load_model)().requires_grad_(False)
+    if args.variant == "outliers":
+        model = add_outliers(model).requires_grad_(False)
+    experiment = Experiment(model, args.model)
+    command = f"python benchmarks/interaction.py --model {args.model} --variant {args.variant}"
+    text = header(f"Quantization and cache together: the {args.model} DiT, {args.variant}", command)
+    text += f"\n{STEPS} steps, guidance {GUIDANCE}. `variance`: of the samples, against full precision.\n"
+    text += f"\n{table(HEADINGS, experiment.remedies())}"
+    text += f"\n## An adaptive rule and the noise floor\n\n{table((*HEADINGS, 'bounded'), experiment.noise_floor())}"
+    write(f"interaction_{args.model}_{args.variant}.md", text)
+
+
+class Experiment:
+    """One model, everything measured against its full precision."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.classifier = model, load_classifier()
+        self.size, count = ((1, 16, 16), 40) if name == "image" else ((1, 8, 16, 16), 20)
+        self.label = torch.arange(count) % 10
+        self.reference = self.generate(model)
+
+    def generate(self, model: Callable[..., Tensor], callback: Any = None) -> Tensor:
+        return sample(model, self.label, STEPS, SEED, GUIDANCE, self.size, callback)
+
+    def calibration_samples(self, model: Callable[..., Tensor], callback: Any = None) -> Tensor:
+        return sample(model, torch.arange(10), STEPS, CALIBRATION_SEED, GUIDANCE, self.size, callback)
+
+    def calibrate(self, **kwargs: Any) -> Plan:
+        found = qc_compiler.calibrate(self.model, self.calibration_samples, emulate=True, progress=False, **kwargs)
+        torch._dynamo.reset()
+        return found
+
+    def compiled(self, **options: Any) -> Any:
+        return torch.compile(self.model, backend="quantcache", options={"emulate": True, **options})
+
+    def remedies(self) -> list[tuple[str, ...]]:
+        schedule = self.calibrate(share=SHARE)
+        rows = [
+            self.row("quantization", self.compiled(cache="off", quantize="nvfp4")),
+            self.row("cache", self.compiled(plan=schedule)),
+            self.row("both, naively", self.compiled(plan=schedule, quantize="nvfp4")),
+        ]
+        plans = {}
+        for selection in ("uniform", "random", "kmeans", "tap"):
+            plans[selection] = self.calibrate(plan=schedule, quantize="dmpq", bits=BITS, selection=selection)
+            with without_refresh():
+                rows.append(self.row(f"+ DMPQ, {selection} samples", self.compiled(plan=plans[selection])))
+        with without_refresh():
+            rows.append(
+                self.row(
+                    "+ TAP + VC of the output", self.compiled(plan=self.calibrate(plan=plans["tap"], compensate=True))
+                )
+            )
+            callback = self.sample_compensation(plans["tap"])
+            rows.append(self.row("+ TAP + VC of the sample", self.compiled(plan=plans["tap"]), callback))
+        rows.append(self.row("+ TAP + PDR", self.compiled(plan=plans["tap"])))
+        rows.append(
+            self.row(
+                "+ TAP + PDR + VC of the output", self.compiled(plan=self.calibrate(plan=plans["tap"], compensate=True))
+            )
+        )
+        return rows
+
+    def noise_floor(self) -> list[tuple[str, ...]]:
+        known = self.calibrate(share=None, quantize="nvfp4")
+        assert known.quantization is not None
+        silent = replace(known, quantization=replace(known.quantization, noise=0 * known.quantization.noise))
+        rows = []
+        for threshold in (0.003, 0.01, 0.03):
+            rule = {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": threshold}
+            rows.append((*self.row(f"HLC {threshold}, full precision", self.compiled(**rule)), "–"))
+            for name, plan in (("NVFP4", silent), ("NVFP4, noise floor", known)):
+                compiled = self.compiled(plan=plan, **rule)
+                row, streams = self.row(f"HLC {threshold}, {name}", compiled), self._streams
+                rows.append((*row, str(sum(stream.num_bounded for stream in streams))))
+        return rows
+
+    def sample_compensation(self, plan: Plan) -> SampleCompensation:
+        compressed = self.compiled(plan=plan)
+        found = SampleCompensation.fit(
+            lambda callback: self.calibration_samples(self.model, callback),
+            lambda callback: self.calibration_samples(compressed, callback),
+        )
+        torch._dynamo.reset()
+        return found
+
+    def row(self, name: str, compiled: Any, callback: Any = None) -> tuple[str, ...]:
+        from classifier import accuracy
+
+        found = self.generate(compiled, callback)
+        bits, share = "–", "100%"
+        try:
+            summary = qc_compiler.summary(compiled)
+            self._streams, share = summary.streams, f"{summary.computed_share:.0%}"
+            bits = f"{activation_bits_of(compiled):.2f}" if summary.streams[0].precision is not None else "–"
+        except qc_compiler.QuantCacheError:
+            self._streams = ()
+        torch._dynamo.reset()
+        decibels = [psnr(a[None], b[None]) for a, b in zip(found, self.reference)]
+        similar = [ssim(as_video(a[None]), as_video(b[None])) for a, b in zip(found, self.reference)]
+        row = (
+            name,
+            share,
+            bits,
+            f"{np.mean(decibels):.1f}",
+            f"{np.median(decibels):.1f}",
+            f"{np.mean(similar):.4f}",
+            f"{float(found.var() / self.reference.var()):.3f}",
+            f"{accuracy(self.classifier, found, self.label):.1%}",
+        )
+        print(row, flush=True)
+        return row
+
+
+@contextmanager
+def without_refresh() -> Iterator[None]:
+    """DMPQ without PDR: no refresh in high precision, outliers quantized like the rest."""
+    refreshes, decide = DMPQ._refreshes, DMPQ.decide
+    DMPQ._refreshes = staticmethod(lambda history, region: not history.computed_at(region))  # type: ignore[method-assign]
+    DMPQ.decide = lambda self, *args: decide(replace(self, outliers=()), *args)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DMPQ._refreshes, DMPQ.decide = staticmethod(refreshes), decide  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    main()

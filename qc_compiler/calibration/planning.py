@@ -1,0 +1,110 @@
+"""Everything that is calibrated, in order: each part is measured on what those before it made of the trajectory.
+
+schedule        which steps are computed                                 (schedule.py)
+quantization    what each linear needs, on the cached trajectory          (samples.py, selection.py, importance.py)
+compensation    what both together did to the variance of the output      (variance.py)
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import OptionError, QuantCacheError, nearest
+from ..formats.schemes import recipe_of
+from ..plan import Plan
+from ..registry import runtime_of
+from .importance import measure
+from .recording import Recording, run_steered
+from .samples import Calls
+from .schedule import find_schedule
+from .selection import SELECTIONS
+from .sites import SiteRunner
+from .variance import fit_compensation
+
+FULL: dict[str, Any] = {"cache": "static", "interval": 1, "level": "output", "strict": True}  # computes every step
+
+
+def calibrate(
+    model: Any,
+    generate: Callable[[Any], Any],
+    share: float | None = 0.33,
+    *,
+    plan: Plan | None = None,
+    quantize: str | None = None,
+    bits: float = 5.0,
+    compensate: bool = False,
+    budget: float = 8.0,
+    level: str = "output+block",
+    samples: int = 16,
+    selection: str = "tap",
+    emulate: bool = False,
+    progress: bool = True,
+    backend: Any = "quantcache",
+) -> Plan:
+    """Measures, for this model and this number of steps, which steps to compute and how to quantize.
+
+    Args:
+        model: The model, plain or compiled.
+        generate: The user's sampling function: takes a model to call, returns the samples as one tensor. It must do
+            the same each time (fix the seed). A handful of samples is enough.
+        share: Part of the block computations to spend, in (0, 1]; None finds no schedule and leaves it to the option
+            `cache`.
+        plan: What was calibrated before, to be added to; its schedule is kept and `share` is not read.
+        quantize: A value of the option `quantize` to measure the linears for: what `importance` and `+balance` need,
+            and what makes `dmpq` precise.
+        bits: Mean bits of a weight (`importance`), or of the activations (`dmpq`, from 4 to 8).
+        compensate: Also fit a correction of the output's variance for each step and channel (VC).
+        budget: Full trajectories' worth of computation to spend on the search of the schedule, 8 by default: at a
+            share of 0.2 that is 40 candidates. Two thirds move single steps, one third tries partial computation.
+        level: What the plan may steer: `output` (whole steps; compiles faster, needs no slots but the output's) or
+            `output+block`.
+        samples: How many intermediate samples the linears are measured on, rounded up to whole batches.
+        selection: How these are chosen: `tap`, `uniform`, `random` or `kmeans`.
+        emulate: As the option: fit the compensation to formats that this device has no kernel for.
+        progress: Show progress bars.
+        backend: What compiles the model; tests pass one without Inductor.
+
+    Returns:
+        A plan with the share it spends and its relative error on the calibration samples; of level `output` unless
+        partial computation made it better.
+
+    Raises:
+        OptionError: an argument is out of range, or `generate` returns no tensor.
+        QuantCacheError: `generate` did not run the model over several steps.
+    """
+    if quantize is not None:
+        recipe_of(quantize)
+        if not 4 <= bits <= 16:
+            raise OptionError(f"bits={bits!r}: expected a number from 4 to 16")
+        if samples < 1:
+            raise OptionError(f"samples={samples!r}: expected a whole number of at least 1")
+        if selection not in SELECTIONS:
+            raise OptionError(f"selection={selection!r}: {nearest(selection, SELECTIONS)}")
+    if (share is None or plan is not None) and quantize is None and not compensate:
+        raise OptionError("no share, quantize=None and compensate=False leave nothing to calibrate")
+    module = getattr(model, "_orig_mod", model)
+    if share is not None and plan is None:
+        plan = find_schedule(module, generate, share, budget=budget, level=level, progress=progress, backend=backend)
+    if quantize is not None:
+        schedule = replace(plan, quantization=None, compensation=None) if plan and plan.has_schedule else None
+        compiled = torch.compile(module, backend=backend, options=FULL | ({"plan": schedule} if schedule else {}))
+        calls = Calls()
+        run_steered(compiled, generate, calls)
+        runtime = runtime_of(compiled)
+        plan = plan or Plan(runtime.fingerprint, "output", (), (), np.zeros((0, 0), bool), np.zeros((1, 0, 0, 1), "f4"))
+        runner = SiteRunner(runtime.shared)
+        if not runner.sites:
+            raise QuantCacheError(f"no linear of this {type(module).__name__} can be quantized: quantize=None")
+        pairs = calls.pairs(selection, samples)
+        plan = replace(plan, quantization=measure(runner, pairs, quantize, bits, progress))
+    if compensate:
+        recording = Recording()
+        run_steered(torch.compile(module, backend=backend, options=FULL), generate, recording)
+        options = {name: value for name, value in FULL.items() if name != "level"}  # that follows from the plan
+        options |= {"emulate": emulate} | ({"plan": replace(plan, compensation=None)} if plan else {"level": "output"})
+        plan = fit_compensation(torch.compile(module, backend=backend, options=options), generate, recording, plan)
+    assert plan is not None
+    return plan
