@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from qc_compiler.kernels.timing import cpu_name
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
@@ -16,10 +18,8 @@ RESULTS = Path(__file__).parent / "results"
 def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as file:
-        name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def header(title: str, command: str) -> str:

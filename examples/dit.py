@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stdit import Mlp, SelfAttention, TimestepEmbedder, modulate, sincos
+from stdit import Mlp, SelfAttention, TimestepEmbedder, initialize_linears, modulate, sincos_grid
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,14 @@ class DiT(nn.Module):
         width = config.width
         rows, columns = config.grid
         self.patch_embed = nn.Conv2d(config.channels, width, config.patch, stride=config.patch)
-        row = sincos(torch.arange(rows), width // 2)[:, None].expand(-1, columns, -1)
-        column = sincos(torch.arange(columns), width // 2)[None].expand(rows, -1, -1)
-        self.register_buffer("pos", torch.cat([row, column], -1).reshape(1, rows * columns, width), persistent=False)
+        self.register_buffer("pos", sincos_grid(rows, columns, width), persistent=False)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, config.patch**2 * config.channels)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        """Modulations and the head zero, timestep linears small, others Xavier."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            nn.init.zeros_(module.bias)
-            if name.endswith(("modulation", "head")):
-                nn.init.zeros_(module.weight)
-            elif name.startswith("t_embedder"):
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight)
+        initialize_linears(self, small=("t_embedder",), zero=("modulation", "head"))
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Predicts the velocity of the flow.

@@ -64,6 +64,27 @@ def sincos(position: torch.Tensor, width: int, max_period: float = 10_000.0) -> 
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def sincos_grid(rows: int, columns: int, width: int) -> torch.Tensor:
+    """Returns embeddings (1, rows · columns, width) of the places of a grid: half of the features row, half column."""
+    row = sincos(torch.arange(rows), width // 2)[:, None].expand(-1, columns, -1)
+    column = sincos(torch.arange(columns), width // 2)[None].expand(rows, -1, -1)
+    return torch.cat([row, column], dim=-1).reshape(1, rows * columns, width)
+
+
+def initialize_linears(model: nn.Module, small: tuple[str, ...], zero: tuple[str, ...]) -> None:
+    """Initializes all linears: Xavier, but for names that begin with one of `small` or end with one of `zero`."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        nn.init.zeros_(module.bias)
+        if name.startswith(small):
+            nn.init.normal_(module.weight, std=0.02)
+        elif name.endswith(zero):
+            nn.init.zeros_(module.weight)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+
+
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns x (B, N, D) scaled and shifted by (B, 1, D)."""
     return x * (1 + scale) + shift
@@ -205,10 +226,7 @@ class STDiT(nn.Module):
         frames, rows, columns = config.grid
 
         self.patch_embed = nn.Conv3d(config.channels, width, config.patch, stride=config.patch)
-        row = sincos(torch.arange(rows), width // 2)[:, None].expand(-1, columns, -1)
-        column = sincos(torch.arange(columns), width // 2)[None].expand(rows, -1, -1)
-        spatial_pos = torch.cat([row, column], dim=-1).reshape(1, rows * columns, width)
-        self.register_buffer("spatial_pos", spatial_pos, persistent=False)
+        self.register_buffer("spatial_pos", sincos_grid(rows, columns, width), persistent=False)
         self.register_buffer("temporal_pos", sincos(torch.arange(frames), width)[None], persistent=False)
 
         self.t_embedder = TimestepEmbedder(width)
@@ -217,20 +235,7 @@ class STDiT(nn.Module):
         self.spatial_blocks = nn.ModuleList(STDiTBlock(config) for _ in range(config.depth))
         self.temporal_blocks = nn.ModuleList(STDiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(width, math.prod(config.patch) * config.channels)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        """Timestep linears small, the ends of cross-attention and of the model zero, others Xavier."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            nn.init.zeros_(module.bias)
-            if name.startswith(("t_embedder", "t_block")):
-                nn.init.normal_(module.weight, std=0.02)
-            elif name.endswith(("cross_attn.proj", "final_layer.linear")):
-                nn.init.zeros_(module.weight)
-            else:
-                nn.init.xavier_uniform_(module.weight)
+        initialize_linears(self, small=("t_embedder", "t_block"), zero=("cross_attn.proj", "final_layer.linear"))
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Predicts the velocity of the flow.

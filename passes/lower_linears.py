@@ -26,6 +26,7 @@ from qc_compiler.graph import (
     Report,
     add_call,
     add_operands,
+    args_of,
     body_calls,
     body_of,
     drop_unused_parameters,
@@ -97,7 +98,7 @@ class LowerLinears(GraphPass):
     def _kernel(self, match: QuantizedLinear) -> LinearKernel | None:
         if self.emulate or match.x.target is not ops.dequantize:
             return None
-        scheme = Scheme(_args(match.weight)[1], _args(match.x)[1])
+        scheme = Scheme(args_of(match.weight)[1], args_of(match.x)[1])
         x, y = match.x.meta["val"], match.node.meta["val"]
         shape = LinearShape(hint(x.numel()) // x.shape[-1], x.shape[-1], y.shape[-1], match.weight.meta["val"].dtype)
         return find_kernel(scheme, x.device, shape)
@@ -107,23 +108,23 @@ def find_quantized_linears(body: fx.GraphModule) -> list[QuantizedLinear]:
     formals = placeholders(body.graph)
     found = []
     for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
-        x, weight, bias = (*_args(node), None)[:3]
+        x, weight, bias = (*args_of(node), None)[:3]
         if weight.target is ops.dequantize:
-            found.append(QuantizedLinear(node, x, weight, bias, tuple(map(formals.index, _args(weight)[0]))))
+            found.append(QuantizedLinear(node, x, weight, bias, tuple(map(formals.index, args_of(weight)[0]))))
     return found
 
 
 def _prepared(gm: fx.GraphModule, name: str, match: QuantizedLinear, kernel: LinearKernel) -> list[fx.Node]:
     """Returns the body's operands that hold the weight as the kernel wants it."""
-    parts, form, _, *size = _args(match.weight)
+    parts, form, _, *size = args_of(match.weight)
     prepare = trace(lambda *p: kernel.prepare(p, form, *size), *values_of(parts))
     return add_operands(
-        gm, name, lambda call: inline(gm.graph, gm, prepare, [_args(call)[2 + i] for i in match.at], before=call)
+        gm, name, lambda call: inline(gm.graph, gm, prepare, [args_of(call)[2 + i] for i in match.at], before=call)
     )
 
 
 def _lower(body: fx.GraphModule, match: QuantizedLinear, kernel: LinearKernel, weight: list[fx.Node]) -> None:
-    codes, dtype = list(_args(match.x)[0]), match.node.meta["val"].dtype
+    codes, dtype = list(args_of(match.x)[0]), match.node.meta["val"].dtype
 
     def run(*args: Tensor) -> tuple[Tensor]:
         x, w, bias = args[: len(codes)], args[len(codes) : len(codes) + len(weight)], args[len(codes) + len(weight) :]
@@ -141,8 +142,8 @@ def _decode_outside(gm: fx.GraphModule, name: str, match: QuantizedLinear) -> fx
 
     def decoded(call: fx.Node) -> list[fx.Node]:
         with gm.graph.inserting_before(call):
-            parts = [_args(call)[2 + i] for i in match.at]
-            return [add_call(gm.graph, ops.dequantize, (parts, *_args(match.weight)[1:]))]
+            parts = [args_of(call)[2 + i] for i in match.at]
+            return [add_call(gm.graph, ops.dequantize, (parts, *args_of(match.weight)[1:]))]
 
     (outside,) = add_operands(gm, name, decoded)
     return outside
@@ -155,7 +156,7 @@ def _fuse_rotations(body: fx.GraphModule) -> int:
     """
     changed = 0
     for node in body.graph.find_nodes(op="call_function", target=ops.quantize):
-        x, name = _args(node)
+        x, name = args_of(node)
         source = x.meta.get("rotated")
         if source is None or len(x.users) > 1:
             continue
@@ -170,7 +171,7 @@ def _fuse_rotations(body: fx.GraphModule) -> int:
 def _replace_parts(node: fx.Node, parts: Sequence[fx.Node]) -> None:
     """Replaces a quantizer by the nodes of its codes and scales."""
     for item in list(node.users):
-        item.replace_all_uses_with(parts[_args(item)[1]])
+        item.replace_all_uses_with(parts[args_of(item)[1]])
         item.graph.erase_node(item)
     node.graph.erase_node(node)
 
@@ -180,11 +181,11 @@ def _write_out(body: fx.GraphModule) -> int:
     changed = 0
     for node in list(body.graph.nodes):
         if node.target is ops.quantize:
-            x, name = _args(node)
+            x, name = args_of(node)
             written = trace(parse_format(name).quantize, x.meta["val"])
             _replace_parts(node, inline(body.graph, body, written, [x], before=node))
         elif node.target is ops.dequantize:
-            operands, *how = _args(node)
+            operands, *how = args_of(node)
             decode = trace(lambda *parts: (ops.decode(parts, *how),), *values_of(operands))  # noqa: B023
             (result,) = inline(body.graph, body, decode, operands, before=node)
             node.replace_all_uses_with(result)
@@ -193,7 +194,3 @@ def _write_out(body: fx.GraphModule) -> int:
             continue
         changed += 1
     return changed
-
-
-def _args(node: fx.Node) -> tuple[Any, ...]:
-    return node.args

@@ -14,7 +14,6 @@ formats (`qc_compiler.formats`).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +22,7 @@ from qc_compiler import ops
 from qc_compiler.cost import hint
 from qc_compiler.errors import PlanError
 from qc_compiler.formats.schemes import PLAIN, WEIGHTS, Scheme
-from qc_compiler.formats.transforms import balancing_scales, hadamard, rotate, rotation_size
+from qc_compiler.formats.transforms import hadamard, rotate, rotation_size, shared_scales
 from qc_compiler.graph import (
     GraphPass,
     Report,
@@ -31,6 +30,7 @@ from qc_compiler.graph import (
     Skip,
     add_call,
     add_operands,
+    args_of,
     body_calls,
     body_of,
     drop_unused_parameters,
@@ -97,7 +97,7 @@ class QuantizeLinears(GraphPass):
         flags = rows.flags(body, packed)
         x_hats = [_quantized(packed.x, scheme.activation) for scheme in self.schemes]
         with graph.inserting_before(node):
-            results = [add_call(graph, aten.linear.default, (x_hat, *_args(node)[1:])) for x_hat in x_hats]
+            results = [add_call(graph, aten.linear.default, (x_hat, *args_of(node)[1:])) for x_hat in x_hats]
             for result in results:
                 result.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
             best = results.pop()
@@ -234,7 +234,7 @@ class _Balancer:
 
             def inverse(call: fx.Node) -> list[fx.Node]:
                 amax = self._constant(call, site)
-                weights = [_args(call)[2 + i] for i in at]
+                weights = [args_of(call)[2 + i] for i in at]
                 part = trace(_scales, *values_of([amax, *weights]))
                 scales[call], reciprocal = inline(call.graph, self._gm, part, [amax, *weights], before=call)
                 return [reciprocal]
@@ -257,8 +257,7 @@ class _Balancer:
 
 
 def _scales(amax: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-    largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
-    scales = balancing_scales(amax, largest).to(weights[0].dtype)
+    scales = shared_scales(amax, weights).to(weights[0].dtype)
     return scales, 1 / scales
 
 
@@ -275,10 +274,10 @@ def _operands(
     at = 2 + placeholders(x.graph).index(site.weight)
     size = rotation_size(site.weight.meta["val"].shape[1]) if scheme.rotation else 1
     if size > 1:
-        x = _rotated(x, *add_operands(gm, body, lambda call: [_hadamard(_args(call)[at], size)]))
+        x = _rotated(x, *add_operands(gm, body, lambda call: [_hadamard(args_of(call)[at], size)]))
 
     def of_weight(call: fx.Node) -> list[fx.Node]:
-        weight = _args(call)[at]
+        weight = args_of(call)[at]
         if scales:
             with gm.graph.inserting_before(_behind(weight, scales[call])):
                 weight = add_call(gm.graph, aten.mul.Tensor, (weight, scales[call]))
@@ -351,7 +350,3 @@ def _parts(weight: fx.Node, form: str) -> list[fx.Node]:
             return getitems(user)
     with weight.graph.inserting_before(_behind(weight)):
         return getitems(add_call(weight.graph, ops.quantize, (weight, form)))
-
-
-def _args(node: fx.Node) -> tuple[Any, ...]:
-    return node.args

@@ -183,6 +183,11 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
+def args_of(node: fx.Node) -> tuple[Any, ...]:
+    """Returns a node's arguments, whose places its operator's schema gives."""
+    return node.args
+
+
 def outputs(graph: fx.Graph) -> list[Any]:
     """Returns the flat outputs of a graph: nodes, or constants that it returns."""
     (value,) = graph.output_node().args

@@ -1,13 +1,12 @@
 """Finds the linears of a model that can be quantized, and says why others are left alone."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from . import ops
-from .graph import Skip, is_parameter, module_path
+from .graph import Skip, args_of, is_parameter, module_path
 
 aten = torch.ops.aten
 NARROW = 32  # linears with fewer inputs or outputs (a LoRA's branch) have nothing to gain
@@ -30,7 +29,7 @@ class LinearSite:
     @property
     def x(self) -> fx.Node:
         """Its activations (…, K); read anew, since they may be a linear that has been rewritten meanwhile."""
-        return _args(self.node)[0]
+        return args_of(self.node)[0]
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,10 @@ def find_packed(body: fx.GraphModule) -> list[PackedSite]:
     """Finds the linears whose weights the model itself keeps packed."""
     found = []
     for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
-        x, weight = _args(node)[:2]
+        x, weight = args_of(node)[:2]
         if x.target is ops.dequantize and weight.target is ops.dequantize and len(weight.args) > 3:
-            (quantizer,) = {part.args[0] for part in _args(x)[0]}
-            found.append(PackedSite(node, quantizer.args[0], _args(weight)[1], module_path(node)))
+            (quantizer,) = {part.args[0] for part in args_of(x)[0]}
+            found.append(PackedSite(node, quantizer.args[0], args_of(weight)[1], module_path(node)))
     return found
 
 
@@ -65,7 +64,7 @@ def find_linears(body: fx.GraphModule) -> tuple[list[LinearSite], list[Skip]]:
     """Finds the linears of a body that can be quantized; those that are quantized already are passed over."""
     sites, skips = [], []
     for node in body.graph.find_nodes(op="call_function", target=aten.linear.default):
-        weight = _args(node)[1]
+        weight = args_of(node)[1]
         if weight.target is ops.dequantize or node.meta.get("low_rank"):
             continue
         site = LinearSite(node, weight, module_path(node))
@@ -99,7 +98,7 @@ def skips_outside(gm: fx.GraphModule, calls: list[fx.Node]) -> list[Skip]:
     for node in gm.graph.nodes:
         if node.target not in dense:
             continue
-        x = _args(node)[0].meta["val"]
+        x = args_of(node)[0].meta["val"]
         if node.target is not aten.linear.default:
             what = "patch embedding"
         elif x.dim() < 3 or x.shape[-2] == 1:
@@ -128,7 +127,3 @@ def name_in(block: str, name: str) -> str:
     parts, depth = name.split("."), block.count(".") + 1
     inside = parts[depth:] if parts[depth - 1 : depth] and parts[depth - 1].isdecimal() else parts
     return ".".join([block, *filter(None, inside)])
-
-
-def _args(node: fx.Node) -> tuple[Any, ...]:
-    return node.args

@@ -243,11 +243,19 @@ def check(options: Options) -> Options:
     return options
 
 
+def check_bits(bits: Any) -> None:
+    """
+    Raises:
+        OptionError: they are no mean of the widths that a weight can have.
+    """
+    is_number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
+    if not is_number or not 4 <= bits <= 16:
+        raise OptionError(f"bits={bits!r}: expected a number from 4 to 16")
+
+
 def _check_quantize(options: Options) -> None:
     recipe, known = recipe_of(str(options.quantize)), options.plan.quantization if options.plan else None
-    is_number = isinstance(options.bits, (int, float)) and not isinstance(options.bits, bool)
-    if not is_number or not 4 <= options.bits <= 16:
-        raise OptionError(f"bits={options.bits!r}: expected a number from 4 to 16")
+    check_bits(options.bits)
     if known is not None and known.recipe != options.quantize:
         raise OptionError(
             f"quantize={options.quantize!r}: the plan's linears were measured for {known.recipe!r}; leave the option "

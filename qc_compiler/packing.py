@@ -27,7 +27,7 @@ from . import ops, registry
 from .errors import OptionError, PackedFileError, PlanError, QuantCacheError, nearest
 from .formats import parse_format
 from .formats.schemes import PLAIN, SCHEMES, WEIGHTS, Scheme, recipe_of
-from .formats.transforms import balancing_scales, hadamard, low_rank, rotate, rotation_size
+from .formats.transforms import hadamard, low_rank, rotate, rotation_size, shared_scales
 from .plan import Plan, Quantization
 
 VERSION = 2
@@ -194,8 +194,7 @@ def _scales(known: Quantization, name: str, module: nn.Module) -> Tensor:
     if len(amax) != width:
         raise PlanError(f"the plan knows {len(amax)} inputs of {name!r}, which has {width}: calibrate this model")
     weights = [module.get_parameter(f"{reader}.weight").detach() for reader in readers]
-    largest = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
-    return balancing_scales(torch.from_numpy(amax).to(largest.device), largest)
+    return shared_scales(torch.from_numpy(amax).to(weights[0].device), weights)
 
 
 def weight_bytes(model: nn.Module) -> int:

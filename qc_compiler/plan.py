@@ -158,6 +158,15 @@ class Plan:
                 f"{self.compensation.shape}: calibrate again"
             )
 
+    @classmethod
+    def without_schedule(
+        cls, fingerprint: str, timesteps: tuple[float, ...] = (), streams: tuple[str, ...] = ("0",), **known: Any
+    ) -> "Plan":
+        """Returns a plan that leaves it to the option `cache` what is computed; `known` as of the class."""
+        compute = np.zeros((len(timesteps), 0), dtype=np.bool_)
+        weights = np.zeros((len(streams), len(timesteps), 0, 1), dtype=np.float32)
+        return cls(fingerprint, "output", (), timesteps, compute, weights, streams, **known)
+
     @property
     def has_schedule(self) -> bool:
         return bool(self.regions)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .compensation import compensate
-from .controllers import Controller, History, Step, controller, precision_rule
+from .controllers import Controller, History, PrecisionRule, Step, controller, precision_rule
 from .errors import OptionError, PlanError
 from .extrapolation import polynomial_weights
 from .graph import Interface
@@ -255,6 +255,7 @@ class GuardedGraph:
         self._speaking = [self._speaks_for(site.block) for site in interface.sites]
         self._groups = np.array([region.group for region in interface.regions])
         self._floors: tuple[Any, NDArray[np.float32]] | None = None  # of the plan's noise, for our regions
+        self._rule: tuple[Options, PrecisionRule] | None = None  # for precisions, under these options
         self._blanks: dict[Any, Tensor] = {}
         self._layouts: dict[tuple[int, ...], Any] = {}
 
@@ -399,8 +400,9 @@ class GuardedGraph:
         steps = [step.resolve() for step in state.steps]
         history = History(steps, position.step, position.trajectory.num_steps, self.names) if steps else None
         options = self.runtime.options
-        rule = precision_rule(options, self.interface.sites)
-        choice = rule.decide(history, self._speaking, self._kept(options, position, coordinate))
+        if self._rule is None or self._rule[0] is not options:
+            self._rule = options, precision_rule(options, self.interface.sites)
+        choice = self._rule[1].decide(history, self._speaking, self._kept(options, position, coordinate))
         return _agree(choice, options.process_group)
 
     def _kept(self, options: Options, position: Position, coordinate: float) -> NDArray[np.bool_]:

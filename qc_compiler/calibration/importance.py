@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..allocation import WIDTHS, BlockErrors, allocate
 from ..formats.schemes import PLAIN, WEIGHTS, Recipe, Scheme, recipe_of
-from ..formats.transforms import balancing_scales
+from ..formats.transforms import shared_scales
 from ..plan import OUTLIER_RATIO, Quantization
 from .sites import Observed, RoundedLinear, Site, SiteRunner, exact
 
@@ -70,8 +70,7 @@ class Measurement:
         if (site.name, scheme) not in self._known:
             scales = None
             if scheme.balance:
-                largest = [self.weights[name].abs().amax(dim=0) for name in site.shares]
-                scales = balancing_scales(self.amax[site.name], torch.stack(largest).amax(dim=0))
+                scales = shared_scales(self.amax[site.name], [self.weights[name] for name in site.shares])
             self._known[site.name, scheme] = RoundedLinear(self.weights[site.name], scheme, scales)
         return self._known[site.name, scheme]
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import OptionError, QuantCacheError, nearest
 from ..formats.schemes import recipe_of
+from ..options import check_bits
 from ..plan import Plan
 from ..registry import runtime_of
 from .importance import measure
@@ -77,8 +77,7 @@ def calibrate(
     """
     if quantize is not None:
         recipe_of(quantize)
-        if not 4 <= bits <= 16:
-            raise OptionError(f"bits={bits!r}: expected a number from 4 to 16")
+        check_bits(bits)
         if samples < 1:
             raise OptionError(f"samples={samples!r}: expected a whole number of at least 1")
         if selection not in SELECTIONS:
@@ -94,7 +93,7 @@ def calibrate(
         calls = Calls()
         run_steered(compiled, generate, calls)
         runtime = runtime_of(compiled)
-        plan = plan or Plan(runtime.fingerprint, "output", (), (), np.zeros((0, 0), bool), np.zeros((1, 0, 0, 1), "f4"))
+        plan = plan or Plan.without_schedule(runtime.fingerprint)
         runner = SiteRunner(runtime.shared)
         if not runner.sites:
             raise QuantCacheError(f"no linear of this {type(module).__name__} can be quantized: quantize=None")

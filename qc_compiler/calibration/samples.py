@@ -1,6 +1,6 @@
 """Calibration samples: calls of the model on a trajectory, and batches put together from single samples of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,12 @@ class Calls:
         steps = np.array([self.calls[c].step for c, _ in known])
         count = min(-(-count // self.batch) * self.batch, len(known))
         chosen = [known[i] for i in select(method, samples, steps, count, seed)]
-        return [(self._batch(part), self._batch([(following[c], b) for c, b in part])) for part in self._parts(chosen)]
+        mixed = self._mixed()
+        fixed = {c: self._fixed((c, following[c]), mixed) for c in dict.fromkeys(c for c, _ in chosen)}
+        return [
+            (self._batch(part, mixed), self._batch([(following[c], b) for c, b in part], mixed))
+            for part in self._parts(chosen, fixed)
+        ]
 
     def _following(self) -> dict[int, int]:
         """Returns for each call the one at the next computed step of its stream."""
@@ -96,11 +101,11 @@ class Calls:
         flat = self.calls[call].inputs[self.latent][sample].reshape(-1).float().cpu()
         return flat[:: max(1, flat.numel() // FEATURES)]
 
-    def _parts(self, chosen: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    def _parts(self, chosen: Sequence[tuple[int, int]], fixed: Mapping[int, Any]) -> list[list[tuple[int, int]]]:
         """Splits samples into batches; those whose calls differ in what has no batch cannot be mixed."""
         groups: dict[Any, list[tuple[int, int]]] = {}
         for c, b in chosen:
-            groups.setdefault(self._shared_by_batch(c), []).append((c, b))
+            groups.setdefault(fixed[c], []).append((c, b))
         size = self.batch
         return [
             list(np.resize(np.array(group[at : at + size]), (size, 2)))
@@ -108,26 +113,24 @@ class Calls:
             for at in range(0, len(group), size)
         ]
 
-    def _shared_by_batch(self, call: int) -> Any:
-        """Returns what a call and the one after it share among their samples."""
-        calls = (self.calls[call], self.calls[self._following()[call]])
-        return tuple(_key(x) for c in calls for i, x in enumerate(c.inputs) if self._is_fixed(i))
+    def _mixed(self) -> frozenset[int]:
+        """Returns the inputs that have the batch as their first axis, in every call."""
 
-    def _is_fixed(self, index: int) -> bool:
-        return index not in self.parameters and not self._mixes(index)
+        def mixes(value: Any) -> bool:
+            return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch
 
-    def _mixes(self, index: int) -> bool:
-        """Whether an input has the batch as its first axis, in every call."""
-        values = [call.inputs[index] for call in self.calls]
-        return index not in self.parameters and all(
-            isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == self.batch for x in values
-        )
+        indices = set(range(len(self.calls[0].inputs))) - self.parameters
+        return frozenset(i for i in indices if all(mixes(call.inputs[i]) for call in self.calls))
 
-    def _batch(self, part: Sequence[tuple[int, int]]) -> tuple[Any, ...]:
+    def _fixed(self, calls: Sequence[int], mixed: frozenset[int]) -> Any:
+        """Returns what is the same for all samples of these calls."""
+        kept = self.parameters | mixed
+        return tuple(_key(x) for c in calls for i, x in enumerate(self.calls[c].inputs) if i not in kept)
+
+    def _batch(self, part: Sequence[tuple[int, int]], mixed: frozenset[int]) -> tuple[Any, ...]:
         first = self.calls[part[0][0]].inputs
         return tuple(
-            torch.stack([self.calls[c].inputs[i][b] for c, b in part]) if self._mixes(i) else x
-            for i, x in enumerate(first)
+            torch.stack([self.calls[c].inputs[i][b] for c, b in part]) if i in mixed else x for i, x in enumerate(first)
         )
 
 

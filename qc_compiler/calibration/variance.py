@@ -51,14 +51,9 @@ def fit_compensation(compiled: Any, generate: Callable[[Any], Any], recording: R
     if plan is not None and plan.has_schedule:
         order = [streams.index(stream) for stream in plan.streams]
         return replace(plan, compensation=compensation[order])
-    steps, count = len(recording.timesteps), len(streams)
-    return Plan(
+    return Plan.without_schedule(
         runtime_of(compiled).fingerprint,
-        "output",
-        (),
         tuple(recording.timesteps),
-        np.zeros((steps, 0), dtype=np.bool_),
-        np.zeros((count, steps, 0, 1), dtype=np.float32),
         streams,
         quantization=plan.quantization if plan else None,
         compensation=compensation,

@@ -7,6 +7,8 @@ low rank   w = up·down + r                the branch in full precision, the res
 Sources: QuaRot, arXiv 2404.00456 (rotation); SmoothQuant, arXiv 2211.10438, Eq. 4; SVDQuant, arXiv 2411.05007, Eq. 5.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,11 @@ def balancing_scales(x_amax: Tensor, w_amax: Tensor, alpha: float = 0.5) -> Tens
     """
     scales = x_amax.float() ** alpha / w_amax.float().clamp(min=TINY) ** (1 - alpha)
     return torch.where((x_amax > 0) & (w_amax > 0), scales, 1.0).clamp(1 / LARGEST, LARGEST)
+
+
+def shared_scales(x_amax: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Returns s (K,) for an input that several linears read: of their weights (N, K) the largest column counts."""
+    return balancing_scales(x_amax, torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0))
 
 
 def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

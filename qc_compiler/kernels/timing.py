@@ -88,10 +88,10 @@ def _median(run: Callable[[], Any], device: torch.device) -> float:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()} {torch.get_num_threads()} threads"
+    return f"{cpu_name()} {torch.get_num_threads()} threads"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """Returns the CPU's model; `platform.processor` is empty on most Linux systems, or just says x86_64."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

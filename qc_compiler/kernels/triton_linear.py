@@ -212,7 +212,7 @@ def triton_linear(
         *args,
         N=outer,
         K=inner,
-        M_BUCKET=min(4096, 2 ** math.ceil(math.log2(count))) if isinstance(count, int) else 4096,
+        M_BUCKET=bucket(count),
         FORM=form,
         HAS_SCALE=x_scale is not None,
         HAS_ZERO=x_zero is not None,
@@ -242,6 +242,11 @@ def _(
 @register_flop_formula(torch.ops.quantcache.triton_linear)
 def _flops(x: torch.Size, x_scale: object, x_zero: object, weight: list[torch.Size], *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[0][0]
+
+
+def bucket(count: int | torch.SymInt) -> int:
+    """Returns the size that kernels are tuned for: the next power of two of the rows, at most 4096."""
+    return min(4096, 2 ** math.ceil(math.log2(count))) if isinstance(count, int) else 4096
 
 
 def _bytes(x: Tensor) -> Tensor:

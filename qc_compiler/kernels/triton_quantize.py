@@ -14,7 +14,6 @@ again after `dequantize`, as the reference's is.
 Not run on a GPU yet: its tests run it in Triton's interpreter, and compile it for sm_90.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from ..formats import Float8, Format, Integer, IntegerWithZero, parse_format
-from .triton_linear import INTERPRETED
+from .triton_linear import INTERPRETED, bucket
 
 CHUNK = 128  # elements that are rotated at once, and the largest rotation
 _WIDE = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 as if they were integers
@@ -170,7 +169,7 @@ def triton_quantize(x: Tensor, form: str, rotation: int = 1) -> list[Tensor]:
             rows.stride(0),
             rows.stride(1),
             K=inner,
-            M_BUCKET=min(4096, 2 ** math.ceil(math.log2(count))) if isinstance(count, int) else 4096,
+            M_BUCKET=bucket(count),
             KIND=kind,
             TOP=top,
             ROTATION=rotation,

@@ -89,3 +89,11 @@ def sample(model: Any, num_steps: int = 8, seed: int = 0, batch: int = 2, tokens
             predictions.append(model(x, timestep))
             x = x - predictions[-1] / num_steps
     return torch.stack(predictions)
+
+
+def predictions(model: Any, num_steps: int) -> Tensor:
+    """Returns what the model says of inputs that do not depend on it, (num_steps, 2, 16, 8)."""
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        steps = [model(x * (1 - 0.1 * i), torch.full((2,), 1000.0 - 100 * i)) for i in range(num_steps)]
+    return torch.stack(steps)

@@ -7,7 +7,7 @@ from histories import history
 from qc_compiler.controllers import AIGQ, precision_rule
 from qc_compiler.graph import SiteSpec
 from qc_compiler.options import parse_options
-from tiny_models import compile_eagerly, eager_backend, tiny_dit
+from tiny_models import compile_eagerly, eager_backend, predictions, tiny_dit
 
 FOUR, SIX, EIGHT, SIXTEEN = range(4)
 KEPT = np.ones(1, dtype=bool)
@@ -80,14 +80,6 @@ def test_it_needs_the_statistics_of_blocks():
     assert parse_options({"quantize": "w4a6+inverse", "cache": "off"}).level == "block"
 
 
-def run(compiled, steps=5):
-    x, outputs = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)), []
-    with torch.no_grad():
-        for step in range(steps):
-            outputs.append(compiled(x * (1 - 0.1 * step), torch.full((2,), 1000.0 - 100 * step)))
-    return torch.stack(outputs)
-
-
 @pytest.mark.parametrize(("addition", "low"), [("online", 0.0), ("inverse", 100.0)])
 def test_the_threshold_moves_between_the_precisions_without_compiling(addition, low):
     """From the third step on, at the limits: four bits for all linears, or eight bits for all."""
@@ -98,15 +90,15 @@ def test_the_threshold_moves_between_the_precisions_without_compiling(addition, 
         return eager_backend(gm, inputs, options=off | {"quantize": f"w8a8+{addition}"})
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    run(compiled, 1)
+    predictions(compiled, 1)
     results = {}
     for threshold in (0.0, 100.0):
         qc_compiler.configure(model, precision_threshold=threshold)
         qc_compiler.reset(model)
-        results[threshold] = run(compiled)
+        results[threshold] = predictions(compiled, 5)
     assert len(graphs) == 1
     torch._dynamo.reset()
-    eight = run(compile_eagerly(model, off | {"quantize": "w8a8"}))
+    eight = predictions(compile_eagerly(model, off | {"quantize": "w8a8"}), 5)
     assert torch.equal(results[0.0][:2], results[100.0][:2])
     assert not torch.equal(results[0.0][:2], eight[:2])  # 16 bits
     assert not torch.equal(results[0.0][2:], results[100.0][2:])

@@ -8,7 +8,7 @@ from qc_compiler.controllers.base import History, Step
 from qc_compiler.errors import OptionError
 from qc_compiler.options import parse_options
 from qc_compiler.statistics import Statistic
-from tiny_models import compile_eagerly, tiny_dit
+from tiny_models import compile_eagerly, predictions, tiny_dit
 
 KEPT, DROPPED = np.ones(2, dtype=bool), np.zeros(2, dtype=bool)
 
@@ -54,14 +54,6 @@ def test_it_needs_the_statistics_of_blocks():
         parse_options({"quantize": "dmpq", "level": "network"})
 
 
-def run(compiled, steps=6):
-    x, outputs = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)), []
-    with torch.no_grad():
-        for step in range(steps):
-            outputs.append(compiled(x * (1 - 0.1 * step), torch.full((2,), 1000.0 - 100 * step)))
-    return torch.stack(outputs)
-
-
 def test_the_threshold_moves_between_the_two_precisions_without_compiling():
     model, graphs = tiny_dit(2), []
     options = {"cache": "off", "quantize": "dmpq", "emulate": True}
@@ -74,14 +66,14 @@ def test_the_threshold_moves_between_the_two_precisions_without_compiling():
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     results = {}
-    run(compiled, 1)
+    predictions(compiled, 1)
     for threshold in (0.0, 100.0):
         qc_compiler.configure(model, precision_threshold=threshold)
         qc_compiler.reset(model)
-        results[threshold] = run(compiled)
+        results[threshold] = predictions(compiled, 6)
     assert len(graphs) == 1
     torch._dynamo.reset()
-    low = run(compile_eagerly(model, options | {"quantize": "nvfp4"}))
+    low = predictions(compile_eagerly(model, options | {"quantize": "nvfp4"}), 6)
     # the first step is in high precision, all others as the threshold says
     assert torch.equal(results[0.0][0], results[100.0][0])
     assert not torch.equal(results[0.0][1:], results[100.0][1:])

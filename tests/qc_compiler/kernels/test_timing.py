@@ -71,7 +71,7 @@ def test_the_fastest_of_several_is_measured_one_alone_is_not(monkeypatch):
 
 def test_the_name_of_the_cpu_is_its_model(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda _: "processor\t: 0\nmodel name\t: Some CPU: 3 GHz\n")
-    assert timing._cpu_name() == "Some CPU: 3 GHz"
+    assert timing.cpu_name() == "Some CPU: 3 GHz"
 
 
 @pytest.mark.parametrize("text", ["", "model name\t:\n"])
@@ -79,13 +79,13 @@ def test_a_system_that_does_not_name_its_cpu(monkeypatch, text):
     monkeypatch.setattr(Path, "read_text", lambda _: text)
     monkeypatch.setattr("platform.processor", lambda: "")
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    assert timing._cpu_name() == "riscv64"
+    assert timing.cpu_name() == "riscv64"
 
 
 def test_a_system_that_says_nothing(monkeypatch):
     monkeypatch.setattr("qc_compiler.kernels.timing.Path", lambda _: Path("/nowhere"))
     monkeypatch.setattr("platform.processor", lambda: "Some CPU")
-    assert timing._cpu_name() == "Some CPU"
+    assert timing.cpu_name() == "Some CPU"
 
 
 def test_the_faster_one_wins(monkeypatch):
