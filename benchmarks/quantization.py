@@ -1,5 +1,5 @@
-"""Quality of quantized models, without any cache: the trained video DiT and the trained image DiT, and variants of both
-with function-preserving outliers.
+"""Quality of quantized models, without any cache: the trained video DiT and the trained image DiT, as they are or with
+function-preserving outliers.
 
 Same seeds and labels for all. PSNR and SSIM against the full precision (mean, and the median of the single samples,
 since one sample that goes another way moves a mean by decibels), accuracy of the digit classifier, Fréchet distance of
@@ -9,7 +9,7 @@ linear, without asking which; importance and DMPQ are calibrated on another seed
 
 Needs `pip install ".[peers]"` for torchao's line.
 
-    python benchmarks/quantization.py [--model image] [--samples 2000] [--steps 20]
+    python benchmarks/quantization.py [--model image] [--variant outliers] [--samples 2000] [--steps 20]
 """
 
 import argparse
@@ -46,6 +46,7 @@ HEADINGS = ("scheme", "weight bits", "activation bits", "PSNR dB", "median", "SS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("image", "video"), default="image")
+    parser.add_argument("--variant", choices=("trained", "outliers"), default="trained")
     parser.add_argument("--samples", type=int, default=2000, help="of the Fréchet distance")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=2.0)
@@ -53,17 +54,17 @@ def main() -> None:
     from outliers import add_outliers  # `harness` has put the examples on the path by now
 
     model = (load_dit if args.model == "image" else load_model)().requires_grad_(False)
+    if args.variant == "outliers":
+        model = add_outliers(model).requires_grad_(False)
+    comparison = Comparison(model, args)
+    rows = []
+    for row in comparison.rows():
+        rows.append(row)
+        print(row, flush=True)
     command = "python benchmarks/quantization.py " + " ".join(f"--{name} {value}" for name, value in vars(args).items())
-    text = header(f"Quality of quantized models: the {args.model} DiT", command)
-    text += f"\n{args.steps} steps, guidance {args.guidance}; PSNR and SSIM over the first {PAIRED} samples\n"
-    for title, variant in (("as trained", model), ("with outliers", add_outliers(model).requires_grad_(False))):
-        comparison = Comparison(variant, args)
-        rows = [comparison.row("full precision", variant, "32", "32")]
-        for row in comparison.rows():
-            rows.append(row)
-            print(row, flush=True)
-        text += f"\n## {title}\n\n{table(HEADINGS, rows)}"
-    write(f"quantization_{args.model}.md", text)
+    text = header(f"Quality of quantized models: the {args.model} DiT, {args.variant}", command)
+    text += f"\n{args.steps} steps, guidance {args.guidance}; PSNR and SSIM over the first {PAIRED} samples.\n"
+    write(f"quantization_{args.model}_{args.variant}.md", f"{text}\n{table(HEADINGS, rows)}")
 
 
 class Comparison:
@@ -87,6 +88,7 @@ class Comparison:
         return sample(model, torch.arange(10), self.args.steps, CALIBRATION_SEED, self.args.guidance, self.size)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
+        yield self.row("full precision", self.model, "32", "32")
         with fast_int_mm():
             yield self.row("torchao int8 dynamic", torchao_int8_dynamic(self.model), "8", "8")
         for scheme in SCHEMES:
