@@ -137,9 +137,14 @@ class Measurement:
         return torch.cat(found).double().cpu().numpy()
 
     def gammas(self) -> dict[str, NDArray[np.float64]]:
-        """Returns for each block Γ = relL1(y, x) of every sample."""
+        """Returns for each block Γ = relL1(y, x) of every sample, whose frames may lie side by side in its batch."""
+
+        def ratio(run: Observed, block: str) -> Tensor:
+            rows = (run.residuals[block], run.before[block])
+            added, stream = (x.reshape(len(run.output), -1).abs().mean(1) for x in rows)
+            return added / stream
+
         blocks = self.exact[0][0].residuals
-        ratio = lambda now, block: now.residuals[block].abs().mean(1) / now.before[block].abs().mean(1)  # noqa: E731
         return {
             block: torch.cat([ratio(now, block) for now, _ in self.exact]).double().cpu().numpy() for block in blocks
         }

@@ -13,7 +13,7 @@ from qc_compiler.formats.schemes import PLAIN, SCHEMES, Scheme
 from qc_compiler.plan import OUTLIER_RATIO
 from qc_compiler.registry import runtime_of
 from qc_compiler.statistics import Statistic
-from tiny_models import compile_eagerly, tiny_dit
+from tiny_models import TinyDiT, compile_eagerly, tiny_dit
 
 W4A8, W8A8 = SCHEMES["w4a8"], SCHEMES["w8a8"]
 
@@ -141,6 +141,26 @@ def test_local_errors_are_those_of_the_format(setting):
         assert (errors > 0).all()
         assert (errors < 0.02).all()
         assert (setting.local_errors(site, W4A8) > errors).all()
+
+
+class Folded(TinyDiT):
+    """Its blocks see the two halves of a sample side by side in the batch, as they would see the frames of a video."""
+
+    def forward(self, x, timestep):
+        temb = self.time(torch.stack([timestep.sin(), timestep.cos()], dim=-1).repeat(1, 8)).repeat_interleave(2, 0)
+        x = self.embed(x).unflatten(1, (2, -1)).flatten(0, 1)
+        for block in self.blocks:
+            x = block(x, temb)
+        return self.head(x.unflatten(0, (-1, 2)).flatten(1, 2))
+
+
+def test_blocks_that_fold_frames_into_their_batch(states):
+    runner, pairs = measured(Folded(2).eval().requires_grad_(False), states)
+    known = measure(runner, pairs, "dmpq", 5.0)
+    gammas = Measurement(runner, pairs).gammas()
+    assert {name: values.shape for name, values in gammas.items()} == dict.fromkeys(gammas, (4,))
+    assert len(known.sites) == 8
+    assert np.isfinite(known.alpha).all()
 
 
 def test_gammas_are_the_statistic_that_the_runtime_measures(states):
