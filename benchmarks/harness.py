@@ -1,8 +1,9 @@
 """What the benchmarks share: where they ran, and how a result is written down."""
 
+import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qc_compiler.kernels.timing import cpu_name
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
+INTERRUPTED = Path("out", "benchmarks")
 
 
 def device_name() -> str:
@@ -43,3 +45,18 @@ def write(name: str, text: str) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / name).write_text(text)
     print(text)
+
+
+def remembered(page: str, row: str, measure: Callable[[], Sequence[str]]) -> Sequence[str]:
+    """Returns a row that was measured for this page before, or measures it: hours of an interrupted run are not lost.
+
+    Rows lie in `out/benchmarks`; delete the page's file there to measure anew.
+    """
+    path = INTERRUPTED / f"{page}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if row not in known:
+        known[row] = list(measure())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known))
+    print(known[row], flush=True)
+    return known[row]

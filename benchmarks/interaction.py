@@ -9,8 +9,8 @@ and without the noise floor. Same seeds for all, another one for calibration; fo
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import qc_compiler
-from harness import header, table, write
+from harness import header, remembered, table, write
 from qc_compiler.compensation import SampleCompensation
 from qc_compiler.controllers.dmpq import DMPQ
 from qc_compiler.plan import Plan
@@ -27,7 +27,7 @@ from quantization import activation_bits_of, as_video
 from sampling import load_classifier, load_dit, load_model, psnr, sample, ssim
 
 STEPS, GUIDANCE, SEED, CALIBRATION_SEED, SHARE, BITS = 50, 2.0, 7, 3, 0.33, 5.0
-HEADINGS = ("what", "computed", "activation bits", "PSNR dB", "median", "SSIM", "variance", "recognized")
+HEADINGS = ("what", "computed", "activation bits", "PSNR dB", "median", "SSIM", "variance", "recognized", "bounded")
 
 
 def main() -> None:
@@ -40,20 +40,21 @@ def main() -> None:
     model = (load_dit if args.model == "image" else load_model)().requires_grad_(False)
     if args.variant == "outliers":
         model = add_outliers(model).requires_grad_(False)
-    experiment = Experiment(model, args.model)
+    experiment = Experiment(model, args.model, f"interaction_{args.model}_{args.variant}")
     command = f"python benchmarks/interaction.py --model {args.model} --variant {args.variant}"
     text = header(f"Quantization and cache together: the {args.model} DiT, {args.variant}", command)
-    text += f"\n{STEPS} steps, guidance {GUIDANCE}. `variance`: of the samples, against full precision.\n"
+    text += f"\n{STEPS} steps, guidance {GUIDANCE}. `variance`: of the samples, over that in full precision; `bounded`:\n"
+    text += "changes that count as the noise floor.\n"
     text += f"\n{table(HEADINGS, experiment.remedies())}"
-    text += f"\n## An adaptive rule and the noise floor\n\n{table((*HEADINGS, 'bounded'), experiment.noise_floor())}"
-    write(f"interaction_{args.model}_{args.variant}.md", text)
+    text += f"\n## An adaptive rule and the noise floor\n\n{table(HEADINGS, experiment.noise_floor())}"
+    write(f"{experiment.page}.md", text)
 
 
 class Experiment:
     """One model, everything measured against its full precision."""
 
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.classifier = model, load_classifier()
+    def __init__(self, model: Any, name: str, page: str) -> None:
+        self.model, self.classifier, self.page = model, load_classifier(), page
         self.size, count = ((1, 16, 16), 40) if name == "image" else ((1, 8, 16, 16), 20)
         self.label = torch.arange(count) % 10
         self.reference = self.generate(model)
@@ -72,7 +73,7 @@ class Experiment:
     def compiled(self, **options: Any) -> Any:
         return torch.compile(self.model, backend="quantcache", options={"emulate": True, **options})
 
-    def remedies(self) -> list[tuple[str, ...]]:
+    def remedies(self) -> list[Sequence[str]]:
         schedule = self.calibrate(share=SHARE)
         rows = [
             self.row("quantization", self.compiled(cache="off", quantize="nvfp4")),
@@ -100,18 +101,16 @@ class Experiment:
         )
         return rows
 
-    def noise_floor(self) -> list[tuple[str, ...]]:
+    def noise_floor(self) -> list[Sequence[str]]:
         known = self.calibrate(share=None, quantize="nvfp4")
         assert known.quantization is not None
         silent = replace(known, quantization=replace(known.quantization, noise=0 * known.quantization.noise))
         rows = []
         for threshold in (0.003, 0.01, 0.03):
             rule = {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": threshold}
-            rows.append((*self.row(f"HLC {threshold}, full precision", self.compiled(**rule)), "–"))
-            for name, plan in (("NVFP4", silent), ("NVFP4, noise floor", known)):
-                compiled = self.compiled(plan=plan, **rule)
-                row, streams = self.row(f"HLC {threshold}, {name}", compiled), self._streams
-                rows.append((*row, str(sum(stream.num_bounded for stream in streams))))
+            rows.append(self.row(f"HLC {threshold}, full precision", self.compiled(**rule)))
+            rows.append(self.row(f"HLC {threshold}, NVFP4", self.compiled(plan=silent, **rule)))
+            rows.append(self.row(f"HLC {threshold}, NVFP4, noise floor", self.compiled(plan=known, **rule)))
         return rows
 
     def sample_compensation(self, plan: Plan) -> SampleCompensation:
@@ -123,21 +122,22 @@ class Experiment:
         torch._dynamo.reset()
         return found
 
-    def row(self, name: str, compiled: Any, callback: Any = None) -> tuple[str, ...]:
+    def row(self, name: str, compiled: Any, callback: Any = None) -> Sequence[str]:
+        return remembered(self.page, name, lambda: self.measure(name, compiled, callback))
+
+    def measure(self, name: str, compiled: Any, callback: Any) -> tuple[str, ...]:
         from classifier import accuracy
 
         found = self.generate(compiled, callback)
-        bits, share = "–", "100%"
-        try:
+        bits, share, bounded = "–", "100%", "–"
+        with contextlib.suppress(qc_compiler.QuantCacheError):  # nothing is cached: quantization alone
             summary = qc_compiler.summary(compiled)
-            self._streams, share = summary.streams, f"{summary.computed_share:.0%}"
+            share, bounded = f"{summary.computed_share:.0%}", str(sum(stream.num_bounded for stream in summary.streams))
             bits = f"{activation_bits_of(compiled):.2f}" if summary.streams[0].precision is not None else "–"
-        except qc_compiler.QuantCacheError:
-            self._streams = ()
         torch._dynamo.reset()
         decibels = [psnr(a[None], b[None]) for a, b in zip(found, self.reference)]
         similar = [ssim(as_video(a[None]), as_video(b[None])) for a, b in zip(found, self.reference)]
-        row = (
+        return (
             name,
             share,
             bits,
@@ -146,12 +146,11 @@ class Experiment:
             f"{np.mean(similar):.4f}",
             f"{float(found.var() / self.reference.var()):.3f}",
             f"{accuracy(self.classifier, found, self.label):.1%}",
+            bounded,
         )
-        print(row, flush=True)
-        return row
 
 
-@contextmanager
+@contextlib.contextmanager
 def without_refresh() -> Iterator[None]:
     """DMPQ without PDR: no refresh in high precision, outliers quantized like the rest."""
     refreshes, decide = DMPQ._refreshes, DMPQ.decide

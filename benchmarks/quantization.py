@@ -4,8 +4,8 @@ function-preserving outliers.
 Same seeds and labels for all. PSNR and SSIM against the full precision (mean, and the median of the single samples,
 since one sample that goes another way moves a mean by decibels), accuracy of the digit classifier, Fréchet distance of
 the classifier's features to real digits. Formats are emulated in plain torch (`emulate=True`), so that every one can be
-measured on every device: quality only, no speed. `static` gives the same mean bits as the line before it to every n-th
-linear, without asking which; importance and DMPQ are calibrated on another seed.
+measured on every device: quality only, no speed. Importance and DMPQ are calibrated on another seed; the line behind
+each gives as many bits to every n-th linear, without asking which.
 
 Needs `pip install ".[peers]"` for torchao's line.
 
@@ -13,7 +13,7 @@ Needs `pip install ".[peers]"` for torchao's line.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import qc_compiler
-from harness import header, table, write
+from harness import header, remembered, table, write
 from peers import fast_int_mm, torchao_int8_dynamic
 from qc_compiler.plan import Plan
 from sampling import load_classifier, load_dit, load_model, psnr, sample, ssim
@@ -56,11 +56,7 @@ def main() -> None:
     model = (load_dit if args.model == "image" else load_model)().requires_grad_(False)
     if args.variant == "outliers":
         model = add_outliers(model).requires_grad_(False)
-    comparison = Comparison(model, args)
-    rows = []
-    for row in comparison.rows():
-        rows.append(row)
-        print(row, flush=True)
+    rows = list(Comparison(model, args).rows())
     command = "python benchmarks/quantization.py " + " ".join(f"--{name} {value}" for name, value in vars(args).items())
     text = header(f"Quality of quantized models: the {args.model} DiT, {args.variant}", command)
     text += f"\n{args.steps} steps, guidance {args.guidance}; PSNR and SSIM over the first {PAIRED} samples.\n"
@@ -74,7 +70,8 @@ class Comparison:
         self.model, self.args, self.classifier = model, args, load_classifier()
         self.size = (1, 16, 16) if args.model == "image" else (1, 8, 16, 16)
         self.batch = min(100 if args.model == "image" else 20, args.samples)
-        self.reference: Tensor | None = None
+        self.page = f"quantization_{args.model}_{args.variant}_{args.samples}_{args.steps}_{args.guidance:g}"
+        self.reference = self.generate(model, min(PAIRED, args.samples), SEED)
         self.real = self._features(real_samples(args.model, args.samples))
 
     def generate(self, model: Callable[..., Tensor], count: int, seed: int) -> Tensor:
@@ -87,7 +84,7 @@ class Comparison:
     def calibration_samples(self, model: Callable[..., Tensor]) -> Tensor:
         return sample(model, torch.arange(10), self.args.steps, CALIBRATION_SEED, self.args.guidance, self.size)
 
-    def rows(self) -> Iterator[tuple[str, ...]]:
+    def rows(self) -> Iterator[Sequence[str]]:
         yield self.row("full precision", self.model, "32", "32")
         with fast_int_mm():
             yield self.row("torchao int8 dynamic", torchao_int8_dynamic(self.model), "8", "8")
@@ -96,10 +93,10 @@ class Comparison:
             yield self.row(scheme, self.compiled(scheme, plan), *bits_of(scheme))
         plan = self._calibrated("importance", bits=5.0)
         yield self._by_plan("importance", plan)
-        yield self._by_plan("static", static_bits(plan))
+        yield self._by_plan("as many bits, spread evenly", static_bits(plan))
         plan = self._calibrated("dmpq", bits=5.0)
         yield self._by_plan("dmpq", plan)
-        yield self._by_plan("static", static_precision(plan))
+        yield self._by_plan("as many bits, the same at all steps", static_precision(plan))
 
     def _calibrated(self, recipe: str, **kwargs: Any) -> Plan:
         found = qc_compiler.calibrate(
@@ -108,7 +105,7 @@ class Comparison:
         torch._dynamo.reset()
         return found
 
-    def _by_plan(self, name: str, plan: Plan) -> tuple[str, ...]:
+    def _by_plan(self, name: str, plan: Plan) -> Sequence[str]:
         assert plan.quantization is not None
         recipe = plan.quantization.recipe
         activation_bits = None if recipe == "dmpq" else "8.00"
@@ -126,18 +123,19 @@ class Comparison:
         options = {"cache": "off", "emulate": True, "quantize": quantize} | ({"plan": plan} if plan else {})
         return torch.compile(self.model, backend="quantcache", options=options)
 
-    def row(self, name: str, model: Any, weight_bits: str, activation_bits: str | None) -> tuple[str, ...]:
+    def row(self, name: str, model: Any, weight_bits: str, activation_bits: str | None) -> Sequence[str]:
+        return remembered(self.page, name, lambda: self.measure(name, model, weight_bits, activation_bits))
+
+    def measure(self, name: str, model: Any, weight_bits: str, activation_bits: str | None) -> tuple[str, ...]:
+        from classifier import accuracy, frechet_distance
+
         found = self.generate(model, self.args.samples, SEED)
         activation_bits = activation_bits or f"{activation_bits_of(model):.2f}"
         torch._dynamo.reset()
-        if self.reference is None:
-            self.reference = found[:PAIRED]
         pairs = [(as_video(a[None]), as_video(b[None])) for a, b in zip(found, self.reference)]
         decibels = [psnr(a, b) for a, b in pairs]
         similar = [ssim(a, b) for a, b in pairs]
         label = torch.arange(len(found)) % self.batch % 10
-        from classifier import accuracy, frechet_distance
-
         return (
             name,
             weight_bits,
