@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qc_compiler.kernels.timing import cpu_name
+from qc_compiler.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -50,7 +51,7 @@ def write(name: str, text: str) -> None:
 def remembered(page: str, row: str, measure: Callable[[], Sequence[str]]) -> Sequence[str]:
     """Returns a row that was measured for this page before, or measures it: hours of an interrupted run are not lost.
 
-    Rows lie in `out/benchmarks`; delete the page's file there to measure anew.
+    Rows and plans lie in `out/benchmarks`; delete the page's files there to measure anew.
     """
     path = INTERRUPTED / f"{page}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -60,3 +61,12 @@ def remembered(page: str, row: str, measure: Callable[[], Sequence[str]]) -> Seq
         path.write_text(json.dumps(known))
     print(known[row], flush=True)
     return known[row]
+
+
+def remembered_plan(page: str, name: str, calibrate: Callable[[], Plan]) -> Plan:
+    """Returns a plan that was calibrated for this page before, or calibrates it."""
+    path = INTERRUPTED / f"{page}_{name}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibrate().save(path)
+    return Plan.load(path)

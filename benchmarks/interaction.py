@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import qc_compiler
-from harness import header, remembered, table, write
+from harness import header, remembered, remembered_plan, table, write
 from qc_compiler.compensation import SampleCompensation
 from qc_compiler.controllers.dmpq import DMPQ
 from qc_compiler.plan import Plan
@@ -43,8 +43,8 @@ def main() -> None:
     experiment = Experiment(model, args.model, f"interaction_{args.model}_{args.variant}")
     command = f"python benchmarks/interaction.py --model {args.model} --variant {args.variant}"
     text = header(f"Quantization and cache together: the {args.model} DiT, {args.variant}", command)
-    text += f"\n{STEPS} steps, guidance {GUIDANCE}. `variance`: of the samples, over that in full precision; `bounded`:\n"
-    text += "changes that count as the noise floor.\n"
+    text += f"\n{STEPS} steps, guidance {GUIDANCE}. `variance`: of the samples, over that in full precision;\n"
+    text += "`bounded`: changes that count as the noise floor.\n"
     text += f"\n{table(HEADINGS, experiment.remedies())}"
     text += f"\n## An adaptive rule and the noise floor\n\n{table(HEADINGS, experiment.noise_floor())}"
     write(f"{experiment.page}.md", text)
@@ -65,8 +65,11 @@ class Experiment:
     def calibration_samples(self, model: Callable[..., Tensor], callback: Any = None) -> Tensor:
         return sample(model, torch.arange(10), STEPS, CALIBRATION_SEED, GUIDANCE, self.size, callback)
 
-    def calibrate(self, **kwargs: Any) -> Plan:
-        found = qc_compiler.calibrate(self.model, self.calibration_samples, emulate=True, progress=False, **kwargs)
+    def calibrate(self, name: str, **kwargs: Any) -> Plan:
+        def run() -> Plan:
+            return qc_compiler.calibrate(self.model, self.calibration_samples, emulate=True, progress=False, **kwargs)
+
+        found = remembered_plan(self.page, name, run)
         torch._dynamo.reset()
         return found
 
@@ -74,7 +77,7 @@ class Experiment:
         return torch.compile(self.model, backend="quantcache", options={"emulate": True, **options})
 
     def remedies(self) -> list[Sequence[str]]:
-        schedule = self.calibrate(share=SHARE)
+        schedule = self.calibrate("schedule", share=SHARE)
         rows = [
             self.row("quantization", self.compiled(cache="off", quantize="nvfp4")),
             self.row("cache", self.compiled(plan=schedule)),
@@ -82,27 +85,21 @@ class Experiment:
         ]
         plans = {}
         for selection in ("uniform", "random", "kmeans", "tap"):
-            plans[selection] = self.calibrate(plan=schedule, quantize="dmpq", bits=BITS, selection=selection)
+            plans[selection] = self.calibrate(selection, plan=schedule, quantize="dmpq", bits=BITS, selection=selection)
             with without_refresh():
                 rows.append(self.row(f"+ DMPQ, {selection} samples", self.compiled(plan=plans[selection])))
+        corrected = self.calibrate("compensated", plan=plans["tap"], compensate=True)
         with without_refresh():
-            rows.append(
-                self.row(
-                    "+ TAP + VC of the output", self.compiled(plan=self.calibrate(plan=plans["tap"], compensate=True))
-                )
-            )
+            plan = self.calibrate("compensated_without_refresh", plan=plans["tap"], compensate=True)
+            rows.append(self.row("+ TAP + VC of the output", self.compiled(plan=plan)))
             callback = self.sample_compensation(plans["tap"])
             rows.append(self.row("+ TAP + VC of the sample", self.compiled(plan=plans["tap"]), callback))
         rows.append(self.row("+ TAP + PDR", self.compiled(plan=plans["tap"])))
-        rows.append(
-            self.row(
-                "+ TAP + PDR + VC of the output", self.compiled(plan=self.calibrate(plan=plans["tap"], compensate=True))
-            )
-        )
+        rows.append(self.row("+ TAP + PDR + VC of the output", self.compiled(plan=corrected)))
         return rows
 
     def noise_floor(self) -> list[Sequence[str]]:
-        known = self.calibrate(share=None, quantize="nvfp4")
+        known = self.calibrate("nvfp4", share=None, quantize="nvfp4")
         assert known.quantization is not None
         silent = replace(known, quantization=replace(known.quantization, noise=0 * known.quantization.noise))
         rows = []

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import qc_compiler
-from harness import header, remembered, table, write
+from harness import header, remembered, remembered_plan, table, write
 from peers import fast_int_mm, torchao_int8_dynamic
 from qc_compiler.plan import Plan
 from sampling import load_classifier, load_dit, load_model, psnr, sample, ssim
@@ -99,9 +99,11 @@ class Comparison:
         yield self._by_plan("as many bits, the same at all steps", static_precision(plan))
 
     def _calibrated(self, recipe: str, **kwargs: Any) -> Plan:
-        found = qc_compiler.calibrate(
-            self.model, self.calibration_samples, None, quantize=recipe, progress=False, **kwargs
-        )
+        def run() -> Plan:
+            model, generate = self.model, self.calibration_samples
+            return qc_compiler.calibrate(model, generate, None, quantize=recipe, progress=False, **kwargs)
+
+        found = remembered_plan(self.page, recipe, run)
         torch._dynamo.reset()
         return found
 

@@ -16,6 +16,7 @@ from .normalize import Normalize
 from .prepare_weights import PrepareWeights
 from .probe_first_block import ProbeFirstBlock
 from .quantize_linears import QuantizeLinears
+from .rewrite_attention import RewriteAttention
 from .share_bodies import ShareBodies
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PrepareWeights",
     "ProbeFirstBlock",
     "QuantizeLinears",
+    "RewriteAttention",
     "ShareBodies",
     "default_pipeline",
 ]
@@ -45,6 +47,8 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
         ShareBodies(),
         # Before the guards, while the first block's own nodes can still be read; only where a rule asks for it.
         *((ProbeFirstBlock(),) if options.has_probe else ()),
+        # Before the quantizers, whose choices may lie in a branch that a layer of cached heads does not take.
+        *((_heads(options, num_frames),) if options.attends else ()),
         # Before the quantizers: blocks whose weights get different bits cannot share a body any more.
         *((_allocation(options),) if options.recipe and options.recipe.allocated else ()),
         # The semantics first, then this device's kernels for them; both while a body is still one plain graph.
@@ -61,6 +65,12 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
         # Last: guards and choices read the sums and products that disappear into a kernel here.
         FuseEpilogues(),
     )
+
+
+def _heads(options: Options, num_frames: int) -> RewriteAttention:
+    assert options.plan is not None
+    assert options.plan.attention is not None
+    return RewriteAttention(options, options.plan.attention, num_frames)
 
 
 def _allocation(options: Options) -> AllocateBits:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx
 
 from qc_compiler.allocation import WIDTHS, BlockErrors, allocate, weight_errors
-from qc_compiler.graph import GraphPass, Report, body_calls, body_of, copy_of, placeholders, set_body
+from qc_compiler.graph import GraphPass, Report, body_calls, body_of, placeholders, separate_bodies
 from qc_compiler.linears import LinearSite, find_linears, site_name
 
 
@@ -34,18 +34,10 @@ class AllocateBits(GraphPass):
             return Report(changed=0)
         sites = {call: find_linears(body_of(gm, call))[0] for call in calls}
         bits = self.bits if self.bits is not None else self._by_weights(gm, sites)
-        bodies: dict[tuple[str, tuple[int, ...]], str] = {}
-        for call in calls:
-            old, body = str(call.args[1]), body_of(gm, call)
-            widths = tuple(bits.get(site_name(call, site), 16) for site in sites[call])
-            if (old, widths) not in bodies:
-                count = sum(name == old for name, _ in bodies)
-                name = bodies[old, widths] = f"{old}_{count}" if count else old
-                own = copy_of(body) if count else body
-                own.meta["bits"] = dict(zip((site.name for site in sites[call]), widths))
-                gm.add_submodule(name, own)
-            if bodies[old, widths] != old:
-                set_body(gm, call, bodies[old, widths], call.args[2:])  # type: ignore[arg-type]
+        widths = {call: tuple(bits.get(site_name(call, site), 16) for site in found) for call, found in sites.items()}
+        separate_bodies(gm, widths)
+        for call, found in sites.items():
+            body_of(gm, call).meta["bits"] = dict(zip((site.name for site in found), widths[call]))
         return Report(changed=sum(map(len, sites.values())))
 
     def _by_weights(self, gm: fx.GraphModule, sites: Mapping[fx.Node, list[LinearSite]]) -> dict[str, int]:

@@ -6,6 +6,7 @@
 Values do not change. All choices of one flag, in whatever graph they stand, make one `cond`.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,13 +44,11 @@ class BranchChoices(GraphPass):
 
 
 def _next_group(owner: fx.GraphModule) -> list[fx.Node]:
-    """Returns the choices of one flag; of choices within choices the outermost, whose flag no other choice hides."""
+    """Returns the choices of one flag: of the last choice, since what another one chooses between stands before it."""
     choices = owner.graph.find_nodes(op="call_function", target=ops.choose)
-    inner = {arg for node in choices for arg in node.args[:2]}
-    flags: dict[Any, list[fx.Node]] = {}
-    for node in choices:
-        flags.setdefault(node.args[2], []).append(node)
-    return next((group for group in flags.values() if not inner & set(group)), [])
+    order = {node: i for i, node in enumerate(owner.graph.nodes)}
+    last = max(choices, key=order.__getitem__, default=None)
+    return [node for node in choices if last is not None and node.args[2] is last.args[2]]
 
 
 def _branch(owner: fx.GraphModule, group: Sequence[fx.Node], number: int) -> list[fx.GraphModule]:
@@ -86,7 +85,9 @@ def _candidates(group: Sequence[fx.Node], side: int) -> list[fx.Node]:
 
 
 def _exclusive(results: Sequence[fx.Node], group: set[fx.Node]) -> list[fx.Node]:
-    """Returns what only these results are computed from, in the order of the graph."""
+    """Returns what only these results are computed from, in the order of the graph; what unpacks a tuple made outside
+    stays there, since operands are tensors.
+    """
     found: set[fx.Node] = set()
     order = list(results[0].graph.nodes)
     for node in reversed(order):
@@ -94,4 +95,5 @@ def _exclusive(results: Sequence[fx.Node], group: set[fx.Node]) -> list[fx.Node]
             ends = node in results and all(user in group or user in found for user in node.users)
             if ends or all(user in found for user in node.users):
                 found.add(node)
+    found -= {node for node in found if node.target is operator.getitem and node.args[0] not in found}
     return [node for node in order if node in found]

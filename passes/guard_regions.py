@@ -90,7 +90,7 @@ class GuardRegions(GraphPass):
         return Guard(bases, self.depth, self.storage, self.num_frames)
 
     def _guard_output(self, wiring: "_Wiring") -> list[Skip]:
-        results = outputs(wiring.graph)
+        results = outputs(wiring.graph)[: wiring.interface.num_outputs]
         if not all(isinstance(r, fx.Node) and is_tensor(r) and r.meta["val"].is_floating_point() for r in results):
             return [Skip("output", "the model returns something else than floating point tensors")]
         self._observe("output", results, wiring)
@@ -108,8 +108,9 @@ class GuardRegions(GraphPass):
 
     def _guard_network(self, calls: Sequence[fx.Node], wiring: "_Wiring") -> None:
         gm, graph = wiring.gm, wiring.graph
-        inside = _between(calls)
-        results = [n for n in inside if is_tensor(n) and any(user not in inside for user in n.users)]
+        inside, own = _between(calls), outputs(graph)[wiring.interface.num_outputs :]
+        leave = [n for n in inside if is_tensor(n) and any(user not in inside for user in n.users)]
+        results = [n for n in leave if n not in own]
         entering = [call.args[2 + b] for call in calls for b in body_of(gm, call).meta["bases"] if b is not None]
         entering = [node for node in dict.fromkeys(entering) if node not in inside]
         bases = [next((e for e in entering if _same_layout(e, result)), None) for result in results]
@@ -173,7 +174,9 @@ class GuardRegions(GraphPass):
 
     def _guarded_body(self, body: fx.GraphModule, name: str) -> tuple[fx.GraphModule, list["_Site"], list[Skip]]:
         skips: list[Skip] = []
-        if self.level == "sublayer":
+        if self.level == "sublayer" and len(outputs(body.graph)) > len(body.meta["bases"]):
+            skips.append(Skip(name, "it keeps attention heads; the whole block is guarded instead"))
+        elif self.level == "sublayer":
             sublayers, found = find_sublayers(body, body.meta["bases"])
             skips = [Skip(f"{name}/{skip.where}", skip.reason) for skip in found]
             if sublayers:
@@ -232,9 +235,10 @@ class _Wiring:
         self.gm, self.graph = gm, gm.graph
         self.interface = Interface(
             depth=depth,
-            num_outputs=len(outputs(gm.graph)),
+            num_outputs=len(outputs(gm.graph)) - sum(site.num_kept > 0 for site in gm.meta.get("layers", [])),
             sites=gm.meta.get("sites", []),
             num_choices=gm.meta.get("num_choices", 1),
+            layers=gm.meta.get("layers", []),
         )
         self._rows: list[fx.Node] = []
         self._values: list[fx.Node] = []

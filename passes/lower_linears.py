@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from qc_compiler import ops
 from qc_compiler.cost import hint
-from qc_compiler.formats import parse_format
+from qc_compiler.formats import decode, parse_format
 from qc_compiler.formats.schemes import Scheme
 from qc_compiler.formats.transforms import rotation_size
 from qc_compiler.graph import (
@@ -186,8 +186,8 @@ def _write_out(body: fx.GraphModule) -> int:
             _replace_parts(node, inline(body.graph, body, written, [x], before=node))
         elif node.target is ops.dequantize:
             operands, *how = args_of(node)
-            decode = trace(lambda *parts: (ops.decode(parts, *how),), *values_of(operands))  # noqa: B023
-            (result,) = inline(body.graph, body, decode, operands, before=node)
+            written = trace(lambda *parts: (decode(parts, *how),), *values_of(operands))  # noqa: B023
+            (result,) = inline(body.graph, body, written, operands, before=node)
             node.replace_all_uses_with(result)
             body.graph.erase_node(node)
         else:

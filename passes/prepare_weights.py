@@ -16,7 +16,8 @@ from qc_compiler.graph import GraphPass, Report, eliminate_dead_code, is_paramet
 
 @dataclass(frozen=True)
 class PrepareWeights(GraphPass):
-    """`gm.meta["prepare"]` is the part that was moved; its meta names the inputs of the graph that it takes."""
+    """`gm.meta["prepare"]` is the part that was moved; its meta says which inputs of the graph it takes, and how
+    many there are before its results."""
 
     def run(self, gm: fx.GraphModule) -> Report:
         marked = [node for node in gm.graph.nodes if node.meta.get("prepared") and node.op == "call_function"]
@@ -33,6 +34,7 @@ class PrepareWeights(GraphPass):
         eliminate_dead_code(prepare.graph)
         prepare.recompile()
         prepare.meta["sources"] = [formals.index(node) for node in sources]
+        prepare.meta["at"] = len(formals)
         gm.meta["prepare"] = prepare
         last = formals[-1]
         for i, result in enumerate(results):

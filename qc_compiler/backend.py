@@ -95,8 +95,8 @@ def quantcache(
         compiled = compile_guarded(rewritten, config_patches=inductor)
     if "prepare" in rewritten.meta:
         weights = _prepared_weights(rewritten, example_inputs, runtime)
-        sources, at = rewritten.meta["prepare"].meta["sources"], len(example_inputs) + ("sites" in rewritten.meta)
-        compiled = PreparedGraph(compiled, weights, sources, at)
+        prepare = rewritten.meta["prepare"].meta
+        compiled = PreparedGraph(compiled, weights, prepare["sources"], prepare["at"])
     if graph is None:
         return compiled
     graph.compiled = compiled

@@ -5,10 +5,11 @@ The main graph calls *bodies*: submodules that equal blocks share (`invoke_subgr
 the one record of what was added to the graph's inputs and outputs.
 """
 
+import itertools
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -104,20 +105,48 @@ class SiteSpec:
     block: str
 
 
+@dataclass(frozen=True)
+class AttentionSite:
+    """One row of `modes`: the attention of one layer.
+
+    Attributes:
+        name: Module path.
+        block: Name of its block.
+        num_heads: H.
+        num_text: T if the text comes first, −T if it comes last.
+        shape: (B, N, S, D) of the slot of its N kept heads; N may be 0.
+        dtype, device: Of the slot.
+    """
+
+    name: str
+    block: str
+    num_heads: int
+    num_text: int
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_kept(self) -> int:
+        return int(self.shape[1])
+
+
 @dataclass
 class Interface:
     """What the passes added to the inputs and outputs of the graph: all that the runtime must know.
 
-    Inputs: the model's, then `precision` (bool, CPU, site × choice) if linears have several precisions, prepared
-    weights, `decisions` (bool, CPU, one element a region), `weights` (float32, region × depth),
-    then for each slot `depth` values, then the correction of the output (float32, channel × 2) if there is one.
-    Outputs: the model's, then the sums of each region, then each slot's new value.
+    Inputs: the model's; `modes` (int32, CPU, layer × 2 × head), `attends` (bool, CPU, one element a layer) and the kept
+    heads of each layer that keeps some, if attention is head-wise; `precision` (bool, CPU, site × choice) if linears
+    have several precisions; prepared weights; `decisions` (bool, CPU, one element a region), `weights` (float32, region
+    × depth), for each slot `depth` values; the correction of the output (float32, channel × 2) if there is one.
+    Outputs: the model's, the kept heads, the sums of each region, each slot's new value.
     """
 
     regions: list[RegionSpec] = field(default_factory=list)
     slots: list[SlotSpec] = field(default_factory=list)
     sites: list[SiteSpec] = field(default_factory=list)
     num_choices: int = 1
+    layers: list[AttentionSite] = field(default_factory=list)
     num_channels: int | None = None
     depth: int = 1
     num_outputs: int = 0
@@ -215,6 +244,25 @@ def set_body(gm: fx.GraphModule, call: fx.Node, name: str, operands: Sequence[fx
         gm.graph.erase_node(old)
 
 
+def separate_bodies(gm: fx.GraphModule, keys: Mapping[fx.Node, Hashable]) -> None:
+    """Gives the calls of one body whose keys differ bodies of their own."""
+    bodies: dict[tuple[str, Hashable], str] = {}
+    for call, key in keys.items():
+        old = str(call.args[1])
+        if (old, key) not in bodies:
+            is_taken = any(name == old for name, _ in bodies)
+            bodies[old, key] = _free_name(gm, old) if is_taken else old
+            if is_taken:
+                gm.add_submodule(bodies[old, key], copy_of(body_of(gm, call)))
+        if bodies[old, key] != old:
+            set_body(gm, call, bodies[old, key], call.args[2:])  # type: ignore[arg-type]
+
+
+def _free_name(gm: fx.GraphModule, name: str) -> str:
+    """Returns a name that no pass before gave to a body."""
+    return next(free for i in itertools.count(1) if not hasattr(gm, free := f"{name}_{i}"))
+
+
 def add_call(graph: fx.Graph, target: Any, args: tuple[Any, ...]) -> fx.Node:
     """Adds a call at the graph's insertion point; its value is found on fake tensors."""
     node = graph.call_function(target, args)
@@ -283,6 +331,16 @@ def add_operands(
         added[-1].target = added[-1].name  # a target that is another node's name would shadow it in the generated code
         added[-1].meta |= {"val": node.meta["val"], "parameter": prepared}
     return added
+
+
+def add_results(gm: fx.GraphModule, name: str, results: Sequence[fx.Node]) -> None:
+    """Makes nodes of the body `name` further results of it; each call has them behind those it had."""
+    calls = [call for call in body_calls(gm) if call.args[1] == name]
+    body = body_of(gm, calls[0])
+    body.graph.output_node().args = ((*outputs(body.graph), *results),)
+    body.recompile()
+    for call in calls:
+        getitems(call, [*call.meta["val"], *values_of(results)])
 
 
 def drop_unused_parameters(gm: fx.GraphModule) -> None:

@@ -30,7 +30,7 @@ class Guard:
 
     Attributes:
         bases: For each result of the region the index of the operand that it is a residual of; None caches the
-            result itself.
+            result itself. Results behind these are slots of its own (kept attention heads): unwritten at a reuse.
         depth: How many residuals a slot remembers, newest first.
         storage: None stores residuals as they are; a format as codes and scales.
         num_frames: Frames of the video, for the motion statistic; 1 for images.
@@ -56,6 +56,7 @@ class Guard:
         with fake_mode_of(operands), torch.no_grad():
             results = tuple(compute(*operands))
             encoded = self.encode(self.residuals(operands, results))
+            count, own = len(self.bases), results[len(self.bases) :]
             weights, sums = (
                 torch.empty(n, dtype=torch.float32, device=results[0].device) for n in (self.depth, len(Sum))
             )
@@ -66,12 +67,12 @@ class Guard:
         def computed(*args: Any) -> tuple[Tensor, ...]:
             xs, stored = args[:num_operands], args[num_operands:-1]
             ys = tuple(compute(*xs))
-            return (*ys, *self.observe(xs, ys, stored))
+            return (*ys, *self.observe(xs, ys[:count], stored))
 
         def reused(*args: Any) -> tuple[Tensor, ...]:
             xs, stored = args[:num_operands], args[num_operands:-1]
-            ys = self.extrapolate(xs, [y.dtype for y in results], stored, args[-1])
-            return (*ys, *unwritten(left_behind)(*stored))
+            ys = self.extrapolate(xs, [y.dtype for y in results[:count]], stored, args[-1])
+            return (*ys, *unwritten([*own, *left_behind])(*stored))
 
         return cond_body(computed, reused, [*operands, *slots, weights]), encoded
 

@@ -52,7 +52,10 @@ class Options:
         emulate: Quantize there as well, in plain torch: slow, for measuring what a format does to quality.
         strict: Raise `UnsupportedModelError` where quantcache would run plain Inductor.
         timestep: Name of the timestep input, if it is not found by itself.
-        num_frames: Frames of the video after patching, for HLC's motion factor; None finds it, 1 for images.
+        num_frames: Frames of the video after patching, for HLC's motion factor and for attention along time; None
+            finds it, 1 for images.
+        text_tokens: Where the text is among the tokens of attention: 226 for the first 226, -226 for the last; None
+            finds it. Only a plan with attention reads it.
         disable: Exact names of passes to leave out.
         process_group: With `True` (the default group) or a `ProcessGroup`, its ranks decide alike.
     """
@@ -76,6 +79,7 @@ class Options:
     strict: bool = False
     timestep: str | None = None
     num_frames: int | None = None
+    text_tokens: int | None = None
     disable: tuple[str, ...] = ()
     process_group: Any = None
 
@@ -93,7 +97,7 @@ class Options:
     @property
     def caches(self) -> bool:
         """Whether anything is guarded."""
-        return self.cache != "off" or self.scheduled or self.chooses_precision or self.compensates
+        return self.cache != "off" or self.scheduled or self.chooses_precision or self.compensates or self.attends
 
     @property
     def scheduled(self) -> bool:
@@ -104,6 +108,11 @@ class Options:
     def compensates(self) -> bool:
         """Whether the model's output is corrected (VC)."""
         return self.plan is not None and self.plan.compensation is not None
+
+    @property
+    def attends(self) -> bool:
+        """Whether a plan decides what each attention head does."""
+        return self.plan is not None and self.plan.attention is not None
 
     @property
     def chooses_precision(self) -> bool:
@@ -169,7 +178,7 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
         values["quantize"] = values.get("quantize") or plan.quantization.recipe
     if "level" not in given and _has_rule(values.get("quantize")):  # which reads the statistics of blocks
         values["level"] = "output+block" if str(values.get("level")).startswith("output") else "block"
-    if plan is not None and plan.compensation is not None and values.get("cache") == "off":
+    if plan is not None and (plan.compensation is not None or plan.attention) and values.get("cache") == "off":
         values.setdefault("level", "output")
     if plan is not None and plan.has_schedule:
         values |= {"level": _finer(plan.level, values), "cache_order": plan.depth - 1}
@@ -219,6 +228,8 @@ def check(options: Options) -> Options:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and value >= 0):
             raise OptionError(f"{name}={value!r}: expected a number of at least 0")
+    if options.text_tokens is not None and type(options.text_tokens) is not int:
+        raise OptionError(f"text_tokens={options.text_tokens!r}: expected how many come first, -n for the last n, or 0")
     for name in ("polynomial", "ratios"):
         if (numbers := getattr(options, name)) is not None:
             _numbers(name, numbers)
@@ -288,6 +299,11 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
     _check_linears(options, new)
     if new.compensates and not options.compensates:
         raise OptionError("plan=… with a compensation needs a new torch.compile: this model's graph has no correction")
+    orders = [o.plan.attention.order if o.plan and o.plan.attention else None for o in (options, new)]
+    if orders[0] != orders[1]:
+        raise OptionError(
+            f"plan=… whose attention is {orders[1]} needs a new torch.compile: this model was compiled for {orders[0]}"
+        )
     return new
 
 

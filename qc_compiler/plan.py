@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from .attention import CACHED, FULL, INT8
 from .errors import PlanError
 
-VERSION = 2
+VERSION = 3
 
 
 class _Quantization(BaseModel):
@@ -27,6 +28,13 @@ class _Quantization(BaseModel):
     threshold: float
     regions: list[str]
     widths: list[int]
+
+
+class _Attention(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    layers: list[str]
+    order: str
 
 
 class _Header(BaseModel):
@@ -42,6 +50,7 @@ class _Header(BaseModel):
     timesteps: list[float]
     measured: dict[str, float]
     quantization: _Quantization | None
+    attention: _Attention | None
     checksum: str
 
 
@@ -49,7 +58,7 @@ _OF_SITES = ("bits", "ratios", "alpha", "beta", "noise")
 OUTLIER_RATIO = 25.0  # max|X| / mean|X| above which PDR leaves activations in full precision
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value; `Plan.digest` compares
 class Quantization:
     """What calibration found out about the linears of a model.
 
@@ -104,12 +113,63 @@ class Quantization:
         return next((self.regions.index(r) for r in (name, block) if r in self.regions), None)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A schedule for one model and one list of timesteps, what is known of its linears, or both.
+TOKEN_ORDERS = ("raster", "time")
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value; `Plan.digest` compares
+class HeadPlan:
+    """What each attention head does at each step.
 
     Attributes:
-        fingerprint: Of the model: its modules, and shapes and dtypes of what is not packed (biases, norms).
+        layers: Module paths of the attentions, A of them; none in a plan that calibration is still to fill.
+        windows: float32 (S, N, A, H) for S streams and N steps: the width of an arrow as a part of the vision tokens,
+            in (0, 2), or one of the codes of `qc_compiler.attention`. Heads that a layer does not have are full.
+        order: How the vision tokens stand in a row: `raster`, as the model has them, or `time`, the frames of each
+            place side by side.
+    """
+
+    layers: tuple[str, ...]
+    windows: NDArray[np.float32]
+    order: str = "raster"
+
+    def __post_init__(self) -> None:
+        known = np.isin(self.windows, (FULL, CACHED, INT8)) | ((self.windows > 0) & (self.windows < 2))
+        if self.windows.ndim != 4 or self.windows.shape[2] != len(self.layers) or not known.all():
+            raise PlanError(
+                f"a plan for {len(self.layers)} attentions cannot hold windows {self.windows.shape}, or these are "
+                "out of range: calibrate again"
+            )
+        if self.order not in TOKEN_ORDERS:
+            raise PlanError(f"the plan's order of tokens is {self.order!r}, not one of {', '.join(TOKEN_ORDERS)}")
+
+    def kept(self, layer: str, num_heads: int) -> tuple[int, ...]:
+        """Returns those of a layer's heads that any step takes from the cache.
+
+        Raises:
+            PlanError: nothing was measured for this layer, or it had another number of heads.
+        """
+        windows = self.windows[:, :, self.index(layer)]
+        if windows.shape[2] < num_heads or (windows[..., num_heads:] != FULL).any():
+            raise PlanError(f"{layer} has {num_heads} heads, the plan is for another number: calibrate this model")
+        return tuple(np.flatnonzero((windows == CACHED).any(axis=(0, 1))).tolist())
+
+    def index(self, layer: str) -> int:
+        """
+        Raises:
+            PlanError: nothing was measured for this layer.
+        """
+        if layer not in self.layers:
+            raise PlanError(f"the plan says nothing about the attention {layer!r}: calibrate this model")
+        return self.layers.index(layer)
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value; `Plan.digest` compares
+class Plan:
+    """What was calibrated for one model: a schedule for its steps, what is known of its linears, what its heads do.
+
+    Attributes:
+        fingerprint: Of the model: its modules, and shapes and dtypes of what is not packed (biases, norms). Empty in a
+            plan that calibration is still to fill: it fits every model.
         level: The level whose regions the plan steers, as in the option `level`.
         regions: Names of the regions, one a column.
         timesteps: What the model is called with at each step, in order; N of them.
@@ -120,6 +180,7 @@ class Plan:
         measured: What calibration measured, e.g. `share` and `error`.
         quantization: What is known of the linears, or None.
         compensation: float32 (S, N, C, 2): shift and gain of each channel of the model's output (VC), or None.
+        attention: What each attention head does at each step, or None: then all are full.
 
     A plan without regions has no schedule: the option `cache` decides.
     """
@@ -134,6 +195,7 @@ class Plan:
     measured: dict[str, float] = field(default_factory=dict)
     quantization: Quantization | None = None
     compensation: NDArray[np.float32] | None = None
+    attention: HeadPlan | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.timesteps), len(self.regions))
@@ -156,6 +218,13 @@ class Plan:
             raise PlanError(
                 f"a plan of {len(self.streams)} streams and {len(self.timesteps)} steps cannot hold a compensation "
                 f"{self.compensation.shape}: calibrate again"
+            )
+
+        heads = self.attention.windows.shape[:2] if self.attention else None
+        if self.attention and self.attention.layers and heads != (len(self.streams), len(self.timesteps)):
+            raise PlanError(
+                f"a plan of {len(self.streams)} streams and {len(self.timesteps)} steps cannot hold heads for {heads}: "
+                "calibrate again"
             )
 
     @classmethod
@@ -211,6 +280,8 @@ class Plan:
             PlanError: the plan was calibrated on another model.
         """
         known = regions[: len(self.regions)] if self.level == "output" else regions
+        if not self.fingerprint:
+            return
         if (self.has_schedule and self.regions != known) or self.fingerprint != fingerprint:
             raise PlanError(
                 f"the plan is for a model with {len(self.regions)} regions and fingerprint {self.fingerprint[:12]}, "
@@ -241,7 +312,11 @@ class Plan:
             "timesteps": list(map(float, self.timesteps)),
             "measured": self.measured,
             "quantization": None,
+            "attention": None,
         }
+        if heads := self.attention:
+            header["attention"] = {"layers": list(heads.layers), "order": heads.order}
+            arrays["windows"] = heads.windows.astype(np.float32)
         if self.compensation is not None:
             arrays["compensation"] = self.compensation.astype(np.float32)
         if known := self.quantization:
@@ -284,6 +359,7 @@ class Plan:
         fields = header.model_dump()
         checksum = fields.pop("checksum")
         needed = {"compute", "weights", *((*_OF_SITES, "amax") if header.quantization else ())}
+        needed |= {"windows"} if header.attention else set()
         if not needed <= set(arrays) or checksum != _checksum(fields, arrays):
             raise PlanError(f"{path} was changed since it was written (checksum differs): calibrate again")
         return cls(
@@ -297,6 +373,9 @@ class Plan:
             header.measured,
             _quantization(header.quantization, arrays) if header.quantization else None,
             arrays.get("compensation"),
+            HeadPlan(tuple(header.attention.layers), arrays["windows"], header.attention.order)
+            if header.attention
+            else None,
         )
 
 

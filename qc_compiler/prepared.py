@@ -49,7 +49,8 @@ class PreparedWeights:
 
 
 class PreparedGraph:
-    """A compiled graph that is given its prepared weights behind the model's own inputs and `precision`.
+    """A compiled graph that is given its prepared weights behind the model's own inputs and what steers
+    its linears and its attention.
 
     Args:
         compiled: The graph's function.

@@ -28,6 +28,7 @@ from .controllers import Controller, History, PrecisionRule, Step, controller, p
 from .errors import OptionError, PlanError
 from .extrapolation import polynomial_weights
 from .graph import Interface
+from .heads import Heads
 from .options import Options, changed
 from .plan import Plan
 from .prepared import PreparedWeights, version_of
@@ -62,6 +63,8 @@ class StreamState:
     Attributes:
         steps: What was decided and measured, with the statistics still on the device until they are read.
         history: For each region its computed steps, newest first: (coordinate, tensors of its slots).
+        kept: For each layer that keeps attention heads their last outputs, None before the first.
+        rows: Of `modes` when they were kept: which head stands where.
         layout: Shapes, dtypes and devices of what its slots hold.
         sample: A few elements of the last input.
         weights_version: Of the model's parameters when the slots were filled.
@@ -69,6 +72,8 @@ class StreamState:
 
     steps: list["_PendingStep"] = field(default_factory=list)
     history: list[deque[tuple[float, list[Tensor]]]] = field(default_factory=list)
+    kept: list[Tensor | None] = field(default_factory=list)
+    rows: NDArray[np.int32] | None = None
     layout: Any = None
     sample: NDArray[np.float32] | None = None
     weights_version: int = 0
@@ -76,6 +81,7 @@ class StreamState:
     def clear_slots(self) -> None:
         for slots in self.history:
             slots.clear()
+        self.kept = [None] * len(self.kept)
 
 
 @dataclass
@@ -87,6 +93,7 @@ class _PendingStep:
     computed: NDArray[np.bool_]
     pending: Sequence[Tensor]
     precision: NDArray[np.int_] | None = None
+    modes: NDArray[np.int32] | None = None  # of the attention heads
     floor: NDArray[np.float32] | None = None  # what quantization alone adds to the change of each region
     num_bounded: int = 0
     read: Step | None = None
@@ -169,6 +176,8 @@ class Runtime:
                 regions = tuple(region.name for region in self.interface.regions)
                 if options.plan is not None:
                     options.plan.check_model(self.fingerprint, regions)
+                if options.plan and options.plan.attention and self.interface.layers:
+                    Heads(options.plan.attention, self.interface.layers)
                 if options.has_probe and "probe" not in regions:
                     raise OptionError("cache='teacache' needs a new torch.compile: this graph has no probe for it")
             self.options = options
@@ -247,7 +256,7 @@ class GuardedGraph:
         parameters: Sequence[int],
         symbols: dict[Any, int],
     ) -> None:
-        self.compiled: Any = None  # (inputs, decisions, weights, slots) → (outputs, sums, slots)
+        self.compiled: Any = None  # see Interface
         self.interface, self.runtime = interface, runtime
         self.clock, self.latent, self.parameters, self.symbols = clock, latent, tuple(parameters), symbols
         self.names = tuple(region.name for region in interface.regions)
@@ -256,6 +265,8 @@ class GuardedGraph:
         self._groups = np.array([region.group for region in interface.regions])
         self._floors: tuple[Any, NDArray[np.float32]] | None = None  # of the plan's noise, for our regions
         self._rule: tuple[Options, PrecisionRule] | None = None  # for precisions, under these options
+        self._keeping = [layer for layer in interface.layers if layer.num_kept]
+        self._heads: tuple[Any, Heads] | None = None  # of the plan, for our layers
         self._blanks: dict[Any, Tensor] = {}
         self._layouts: dict[tuple[int, ...], Any] = {}
 
@@ -276,14 +287,15 @@ class GuardedGraph:
         if self.output_region is not None and not compute[self.output_region]:
             compute = np.zeros_like(compute)
             results = self._extrapolate_output(state, weights, correction)
-            inside, rows = 0.0, list[Tensor]()
-            fresh: list[list[Tensor]] = []
+            heads, made = None, _Made([], [], [], 0.0)
         else:
             precision = self._precision(state, position, coordinate)
-            results, rows, fresh, inside = self._run(inputs, state, compute, weights, precision, correction)
-        self._commit(key, position, state, timestep, coordinate, compute, precision, rows, fresh)
+            heads = self._modes(state, position, coordinate, inputs)
+            results, made = self._run(inputs, state, compute, weights, heads, precision, correction)
+        modes = None if heads is None else heads[0]
+        self._commit(key, position, state, timestep, coordinate, compute, precision, modes, made)
         state.sample, state.weights_version, state.layout = sample, version, layout
-        runtime.host_ms.append((time.perf_counter() - start - inside) * 1e3)
+        runtime.host_ms.append((time.perf_counter() - start - made.seconds) * 1e3)
         if runtime.pilot is not None:
             results = runtime.pilot.observe(self, position, timestep, inputs, results)
         return results
@@ -333,7 +345,7 @@ class GuardedGraph:
         if not position.is_new and position.turn < len(streams):
             return streams[position.turn]
         depth = self.interface.depth
-        return StreamState(history=[deque(maxlen=depth) for _ in self.names])
+        return StreamState(history=[deque(maxlen=depth) for _ in self.names], kept=[None] * len(self._keeping))
 
     def _parameters_version(self, inputs: Sequence[Any]) -> int:
         return version_of([inputs[i] for i in self.parameters])
@@ -429,6 +441,27 @@ class GuardedGraph:
             lowest[region] = precision[np.equal(self._speaking, region)].min()
         return floors[lowest, np.arange(len(self.names))]
 
+    def _modes(
+        self, state: StreamState, position: Position, coordinate: float, inputs: Sequence[Any]
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]] | None:
+        """Returns `modes` and `attends`; None where attention is not head-wise."""
+        plan, layers = self.runtime.options.plan, self.interface.layers
+        if not layers:
+            return None
+        assert plan is not None
+        assert plan.attention is not None
+        if self._heads is None or self._heads[0] is not plan.attention:
+            self._heads = plan.attention, Heads(plan.attention, layers)
+        heads = self._heads[1]
+        if state.rows is None or not np.array_equal(state.rows, heads.rows):  # kept under another plan: other heads
+            state.rows, state.kept = heads.rows, [None] * len(self._keeping)
+        present = iter([kept is not None for kept in state.kept])
+        filled = [layer.num_kept > 0 and next(present) for layer in layers]
+        tokens = [self._size(layer.shape[2], inputs) for layer in layers]
+        stream = plan.streams.index(position.stream) if position.stream in plan.streams else 0
+        step = self._step_of(plan, position, coordinate) if plan.attention.layers else 0
+        return heads.modes(stream, step, filled, tokens, asks=self.runtime.pilot is not None)
+
     def _compensation(self, position: Position, coordinate: float) -> NDArray[np.float32] | None:
         """Returns float32 (C, 2), shift and gain of each channel of the output; None where nothing is corrected."""
         plan = self.runtime.options.plan
@@ -442,6 +475,10 @@ class GuardedGraph:
     def _speaks_for(self, block: str) -> int:
         """Returns the region whose statistics speak for a block: the block itself, or its first sub-layer."""
         return next(r for r, name in enumerate(self.names) if name == block or name.startswith(f"{block}/"))
+
+    def _holding(self, block: str) -> list[int]:
+        """Returns the regions that must all be computed for a block to be."""
+        return [r for r, name in enumerate(self.names) if name in ("network", block) or name.startswith(f"{block}/")]
 
     def _drop_bad_slots(self, state: StreamState) -> None:
         """Invariant 8: what NaN or Inf was seen in is not reused; the step is computed and the slots refilled."""
@@ -464,10 +501,11 @@ class GuardedGraph:
         state: StreamState,
         compute: NDArray[np.bool_],
         weights: NDArray[np.float32],
+        heads: tuple[NDArray[np.int32], NDArray[np.bool_]] | None,
         precision: NDArray[np.int_] | None,
         correction: NDArray[np.float32] | None,
-    ) -> tuple[Any, list[Tensor], list[list[Tensor]], float]:
-        """Returns results, sums and new slot values of each region, and the seconds spent in the graph."""
+    ) -> tuple[Any, "_Made"]:
+        """Returns results of the model, and what else the graph returned."""
         slots: list[Tensor] = []
         for r, history in enumerate(state.history):
             blank = self._blank(r, inputs) if len(history) < self.interface.depth else []
@@ -476,25 +514,31 @@ class GuardedGraph:
         device = self.interface.slots[0].device
         steering = torch.from_numpy(weights).to(device, non_blocking=True)
         chosen: list[Tensor] = []
+        if heads is not None:
+            kept = [self._blank_heads(i, inputs) if old is None else old for i, old in enumerate(state.kept)]
+            chosen = [*map(torch.from_numpy, heads), *kept]
         if precision is not None:
-            chosen = [torch.from_numpy(precision[:, None] > np.arange(self.interface.num_choices - 1))]
+            chosen += [torch.from_numpy(precision[:, None] > np.arange(self.interface.num_choices - 1))]
         corrected: list[Tensor] = []
         if (channels := self.interface.num_channels) is not None:
             identity = np.tile(np.array([0, 1], dtype=np.float32), (channels, 1))
             corrected = [torch.from_numpy(identity if correction is None else correction).to(device, non_blocking=True)]
         start = time.perf_counter()
         produced = self.compiled(*inputs, *chosen, torch.from_numpy(compute), steering, *slots, *corrected)
-        inside = time.perf_counter() - start
-        num_outputs, num_regions = self.interface.num_outputs, len(self.names)
-        rows, values = produced[num_outputs : num_outputs + num_regions], list(produced[num_outputs + num_regions :])
+        seconds = time.perf_counter() - start
+        parts = iter(produced)
+        results = [next(parts) for _ in range(self.interface.num_outputs)]
+        kept_heads = [next(parts) for _ in self._keeping]
+        rows = [next(parts) for _ in self.names]
         fresh: list[list[Tensor]] = [[] for _ in self.names]
         for slot in self.interface.slots:
             for _ in slot.shapes:
-                fresh[slot.region].append(values.pop(0))
+                fresh[slot.region].append(next(parts))
         if compute.all():
             num_bytes = self.interface.depth * sum(t.nbytes for tensors in fresh for t in tensors)
+            num_bytes += sum(t.nbytes for t in kept_heads)
             self.runtime.peak_slot_bytes = max(self.runtime.peak_slot_bytes, num_bytes)
-        return produced[:num_outputs], rows, fresh, inside
+        return tuple(results), _Made(rows, fresh, kept_heads, seconds)
 
     def _extrapolate_output(
         self, state: StreamState, weights: NDArray[np.float32], correction: NDArray[np.float32] | None
@@ -521,8 +565,8 @@ class GuardedGraph:
         coordinate: float,
         compute: NDArray[np.bool_],
         precision: NDArray[np.int_] | None,
-        rows: Sequence[Tensor],
-        fresh: list[list[Tensor]],
+        modes: NDArray[np.int32] | None,
+        made: "_Made",
     ) -> None:
         trajectory = position.trajectory
         if position.is_new:
@@ -537,10 +581,13 @@ class GuardedGraph:
         if position.turn >= len(trajectory.streams):
             trajectory.streams.append(state)
         floor = self._floor(precision) if compute.any() else None
-        state.steps.append(_PendingStep(position.step, timestep, compute, rows, precision, floor))
+        state.steps.append(_PendingStep(position.step, timestep, compute, made.rows, precision, modes, floor))
         for r in np.flatnonzero(compute):
-            if fresh and fresh[r]:
-                state.history[r].appendleft((coordinate, fresh[r]))
+            if made.slots and made.slots[r]:
+                state.history[r].appendleft((coordinate, made.slots[r]))
+        for i, (layer, heads) in enumerate(zip(self._keeping, made.kept)):
+            if compute[self._holding(layer.block)].all():
+                state.kept[i] = heads
         if trajectory.num_steps == position.step + 1 and self.clock is not None:
             state.clear_slots()  # the trajectory is over: give its memory back
 
@@ -556,6 +603,13 @@ class GuardedGraph:
                 tensors.append(self._blanks[kind])
         return tensors
 
+    def _blank_heads(self, index: int, inputs: Sequence[Any]) -> Tensor:
+        layer = self._keeping[index]
+        kind = (tuple(self._size(n, inputs) for n in layer.shape), layer.dtype, layer.device)
+        if kind not in self._blanks:
+            self._blanks[kind] = torch.zeros(kind[0], dtype=layer.dtype, device=layer.device)
+        return self._blanks[kind]
+
     def _layout(self, inputs: Sequence[Any]) -> Any:
         """Returns what a slot must be like to serve this call (invariant 2): a prompt may be longer than the last."""
         sizes = tuple(int(inputs[i]) for i in self.symbols.values())
@@ -563,6 +617,9 @@ class GuardedGraph:
             self._layouts[sizes] = tuple(
                 (slot.device, slot.dtypes, tuple(tuple(self._size(n, inputs) for n in shape) for shape in slot.shapes))
                 for slot in self.interface.slots
+            ) + tuple(
+                (layer.device, layer.dtype, tuple(self._size(n, inputs) for n in layer.shape), layer.name)
+                for layer in self._keeping
             )
         return self._layouts[sizes]
 
@@ -571,6 +628,23 @@ class GuardedGraph:
             return number
         values = {symbol: int(inputs[i]) for symbol, i in self.symbols.items()}
         return int(number.node.expr.xreplace(values))
+
+
+@dataclass
+class _Made:
+    """What the graph returned beside the model's results.
+
+    Attributes:
+        rows: Sums of each region.
+        slots: New slot values of each region.
+        kept: New outputs of each layer's kept heads.
+        seconds: Spent in the graph.
+    """
+
+    rows: list[Tensor]
+    slots: list[list[Tensor]]
+    kept: list[Tensor]
+    seconds: float
 
 
 def _as_float(timestep: Any) -> float:

@@ -1,5 +1,6 @@
 """What the last trajectory of a model computed and reused: as data, as a table, as a picture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from .attention import WINDOW, attended_share
+from .cost import hint
 from .errors import QuantCacheError
-from .graph import RegionSpec
+from .graph import AttentionSite, Interface, RegionSpec
 from .registry import runtime_of
 from .runtime import StreamState
 from .statistics import Statistic
@@ -29,6 +32,8 @@ class StreamSummary:
         slot_bytes: What its slots hold now.
         num_bounded: How many of its changes lay below the noise floor of the quantization, and count as that.
         precision: int (N, S): which scheme each site took at a step, -1 where it was reused; None without a choice.
+        attended: float64 (N, A): part of the query–key pairs that each layer's attention computed, NaN where the graph
+            did not run; None where attention is not head-wise.
     """
 
     name: str
@@ -38,6 +43,7 @@ class StreamSummary:
     slot_bytes: int
     num_bounded: int = 0
     precision: NDArray[np.int_] | None = None
+    attended: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Summary:
         overhead_ms: Median time a step spends on the host, outside the compiled graph.
         notes: Why graphs of this model run as plain Inductor, if any do.
         schemes: What the numbers in `precision` stand for, as weight/activation.
+        kept_bytes: What the attention heads that later steps reuse take, of one stream.
     """
 
     regions: tuple[RegionSpec, ...]
@@ -59,6 +66,7 @@ class Summary:
     overhead_ms: float
     notes: tuple[str, ...]
     schemes: tuple[str, ...] = ()
+    kept_bytes: int = 0
 
     @property
     def precision_shares(self) -> dict[str, float]:
@@ -68,6 +76,12 @@ class Summary:
             return {}
         taken = np.concatenate(chosen)
         return {scheme: float((taken == i).mean()) for i, scheme in enumerate(self.schemes)}
+
+    @property
+    def attended_share(self) -> float:
+        """Part of the query–key pairs of attention that was computed, over the steps whose graph ran; 1 if unknown."""
+        known = [stream.attended for stream in self.streams if stream.attended is not None]
+        return float(np.nanmean(np.concatenate(known))) if known else 1.0
 
     @property
     def computed_share(self) -> float:
@@ -97,6 +111,9 @@ class Summary:
             if shares := self.precision_shares:
                 parts = ", ".join(f"{scheme} {share:.0%}".replace("%", " %") for scheme, share in shares.items())
                 console.print(f"precision: {parts}", highlight=False)
+            if any(stream.attended is not None for stream in self.streams):
+                pairs, kept = f"{self.attended_share:.0%}".replace("%", " %"), _bytes(self.kept_bytes)
+                console.print(f"attention: {pairs} of query–key pairs · kept heads {kept} a stream", highlight=False)
             for note in self.notes:
                 console.print(f"plain Inductor: {note}", highlight=False)
         return capture.get()
@@ -140,15 +157,7 @@ def summarize(model: Any) -> Summary:
         raise QuantCacheError("nothing is cached for this model: " + ("; ".join(runtime.notes) or "it has not run yet"))
     trajectories = runtime.last_trajectories()
     streams = [
-        StreamSummary(
-            trajectory.name or str(turn),
-            tuple(step.timestep for step in state.steps),
-            np.array([step.computed for step in state.steps]),
-            np.array([step.resolve().statistics for step in state.steps]),
-            sum(t.nbytes for slots in state.history for _, tensors in slots for t in tensors),
-            sum(step.num_bounded for step in state.steps),  # known once their statistics were read, above
-            _precision(state, len(interface.sites)),
-        )
+        _stream_summary(trajectory.name or str(turn), state, interface)
         for trajectory in trajectories
         for turn, state in enumerate(trajectory.streams)
     ]
@@ -160,7 +169,34 @@ def summarize(model: Any) -> Summary:
         overhead,
         tuple(runtime.notes),
         tuple(f"{scheme.weight}/{scheme.activation}" for scheme in runtime.options.schemes),
+        sum(math.prod(map(hint, layer.shape)) * layer.dtype.itemsize for layer in interface.layers),
     )
+
+
+def _stream_summary(name: str, state: StreamState, interface: Interface) -> StreamSummary:
+    kept = [t for t in state.kept if t is not None]
+    return StreamSummary(
+        name,
+        tuple(step.timestep for step in state.steps),
+        np.array([step.computed for step in state.steps]),
+        np.array([step.resolve().statistics for step in state.steps]),
+        sum(t.nbytes for t in (*kept, *(t for slots in state.history for _, tensors in slots for t in tensors))),
+        sum(step.num_bounded for step in state.steps),  # known once their statistics were read, above
+        _precision(state, len(interface.sites)),
+        _attended(state, interface.layers),
+    )
+
+
+def _attended(state: StreamState, layers: Sequence[AttentionSite]) -> NDArray[np.float64] | None:
+    if not layers:
+        return None
+    shares = np.full((len(state.steps), len(layers)), np.nan)
+    for row, step in zip(shares, state.steps):
+        for i, layer in enumerate(layers if step.modes is not None else ()):
+            windows = step.modes[i, WINDOW, : layer.num_heads].tolist()  # type: ignore[index]
+            tokens = int(hint(layer.shape[2]))
+            row[i] = np.mean([attended_share(window, tokens, layer.num_text) for window in windows])
+    return shares
 
 
 def _precision(state: StreamState, num_sites: int) -> NDArray[np.int_] | None:

@@ -1,21 +1,25 @@
 """Everything that is calibrated, in order: each part is measured on what those before it made of the trajectory.
 
 schedule        which steps are computed                                 (schedule.py)
+attention       what each head does, on the cached trajectory            (attention.py)
 quantization    what each linear needs, on the cached trajectory          (samples.py, selection.py, importance.py)
 compensation    what both together did to the variance of the output      (variance.py)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..attention import INT8
 from ..errors import OptionError, QuantCacheError, nearest
 from ..formats.schemes import recipe_of
 from ..options import check_bits
-from ..plan import Plan
+from ..plan import TOKEN_ORDERS, HeadPlan, Plan
 from ..registry import runtime_of
+from .attention import WINDOWS, HeadSearch, find_heads
 from .importance import measure
 from .recording import Recording, run_steered
 from .samples import Calls
@@ -35,6 +39,9 @@ def calibrate(
     plan: Plan | None = None,
     quantize: str | None = None,
     bits: float = 5.0,
+    attention: float | None = None,
+    windows: Sequence[float] = WINDOWS,
+    token_order: str = "raster",
     compensate: bool = False,
     budget: float = 8.0,
     level: str = "output+block",
@@ -56,6 +63,11 @@ def calibrate(
         quantize: A value of the option `quantize` to measure the linears for: what `importance` and `+balance` need,
             and what makes `dmpq` precise.
         bits: Mean bits of a weight (`importance`), or of the activations (`dmpq`, from 4 to 8).
+        attention: δ, the budget of each layer's attention at a step for the summed relative errors of its heads; the
+            paper sweeps 0.2 to 1. None leaves attention as it is.
+        windows: Widths that a head's window may have, as parts of the vision tokens; -2 is full attention with scores
+            from int8 codes.
+        token_order: `raster`, as the model has its tokens, or `time`: windows then run along the frames of a video.
         compensate: Also fit a correction of the output's variance for each step and channel (VC).
         budget: Full trajectories' worth of computation to spend on the search of the schedule, 8 by default: at a
             share of 0.2 that is 40 candidates. Two thirds move single steps, one third tries partial computation.
@@ -82,14 +94,22 @@ def calibrate(
             raise OptionError(f"samples={samples!r}: expected a whole number of at least 1")
         if selection not in SELECTIONS:
             raise OptionError(f"selection={selection!r}: {nearest(selection, SELECTIONS)}")
-    if (share is None or plan is not None) and quantize is None and not compensate:
-        raise OptionError("no share, quantize=None and compensate=False leave nothing to calibrate")
+    if attention is not None:
+        _check_attention(attention, windows, token_order)
+    if (share is None or plan is not None) and quantize is None and attention is None and not compensate:
+        raise OptionError("no share, quantize=None, attention=None and compensate=False leave nothing to calibrate")
     module = getattr(model, "_orig_mod", model)
     if share is not None and plan is None:
         plan = find_schedule(module, generate, share, budget=budget, level=level, progress=progress, backend=backend)
+    if attention is not None:
+        plan = plan or Plan.without_schedule("")
+        blank = HeadPlan((), np.zeros((1, 1, 0, 0), dtype=np.float32), token_order)
+        options = FULL | {"plan": replace(plan, compensation=None, attention=blank), "emulate": emulate}
+        compiled = torch.compile(module, backend=backend, options=options)
+        plan = find_heads(compiled, generate, HeadSearch(attention, windows), plan)
     if quantize is not None:
-        schedule = replace(plan, quantization=None, compensation=None) if plan and plan.has_schedule else None
-        compiled = torch.compile(module, backend=backend, options=FULL | ({"plan": schedule} if schedule else {}))
+        known = replace(plan, quantization=None, compensation=None) if plan else None
+        compiled = torch.compile(module, backend=backend, options=FULL | ({"plan": known} if known else {}))
         calls = Calls()
         run_steered(compiled, generate, calls)
         runtime = runtime_of(compiled)
@@ -107,3 +127,16 @@ def calibrate(
         plan = fit_compensation(torch.compile(module, backend=backend, options=options), generate, recording, plan)
     assert plan is not None
     return plan
+
+
+def _check_attention(budget: Any, windows: Sequence[float], order: str) -> None:
+    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not is_number or not budget >= 0:
+        raise OptionError(f"attention={budget!r}: expected a number of at least 0")
+    for share in windows:
+        if share != INT8 and not 0 < share < 2:
+            raise OptionError(
+                f"windows={windows!r}: {share!r} is no part of the vision tokens, in (0, 2), and not {INT8}"
+            )
+    if order not in TOKEN_ORDERS:
+        raise OptionError(f"token_order={order!r}: {nearest(order, TOKEN_ORDERS)}")

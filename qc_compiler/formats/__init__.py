@@ -2,8 +2,10 @@
 
 import functools
 import re
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..errors import OptionError
 from .base import Format
@@ -11,7 +13,7 @@ from .float8 import Float8
 from .integer import Integer, IntegerWithZero
 from .nvfp4 import NVFP4
 
-__all__ = ["NVFP4", "Float8", "Format", "Integer", "IntegerWithZero", "parse_format"]
+__all__ = ["NVFP4", "Float8", "Format", "Integer", "IntegerWithZero", "decode", "parse_format"]
 
 
 @functools.cache
@@ -36,3 +38,10 @@ def parse_format(name: str) -> Format:
         f"{name!r} is no format: expected nvfp4, fp8, fp8-e5m2, int2 … int8 or uint2 … uint8, with "
         "'/tensor' for one scale or '/128' for groups of 128"
     )
+
+
+def decode(parts: Sequence[Tensor], form: str, dtype: torch.dtype, size: int | None = None) -> Tensor:
+    """Returns x̂ (…, K) from codes and scales in the format named `form`; `size` is K where the codes are packed."""
+    codes, *scales = parts
+    values = parse_format(form)
+    return values.dequantize(codes if size is None else values.unpack(codes, size), *scales).to(dtype)

@@ -1,4 +1,4 @@
-"""Kernels for quantized linears, one family a file, and the choice between them."""
+"""Kernels for quantized linears and head-wise attention, one family a file, and the choice between them."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from .int8_cpu import Int8CPU
 from .scaled_mm import ScaledMM
 from .timing import fastest
 
-__all__ = ["LinearKernel", "LinearShape", "find_kernel", "find_rotating_quantizer"]
+__all__ = ["LinearKernel", "LinearShape", "find_attention", "find_kernel", "find_rotating_quantizer"]
 
 
 def find_kernel(scheme: Scheme, device: torch.device, shape: LinearShape | None = None) -> LinearKernel | None:
@@ -36,6 +36,17 @@ def find_rotating_quantizer(form: str, device: torch.device) -> Callable[[Tensor
         if can_quantize(parse_format(form)):
             return triton_quantize
     return None
+
+
+def find_attention(device: torch.device) -> Callable[..., Tensor]:
+    """Returns this device's kernel for heads that do different things."""
+    if device.type == "cuda" and find_spec("triton"):
+        from .triton_attention import triton_attention
+
+        return triton_attention
+    from .cpu_attention import cpu_attention
+
+    return cpu_attention
 
 
 def _kernels(device: torch.device) -> list[LinearKernel]:

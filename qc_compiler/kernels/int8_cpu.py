@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..formats import Integer, IntegerWithZero, parse_format
+from ..formats import Integer, IntegerWithZero, decode, parse_format
 from ..formats.schemes import Scheme
-from ..ops import decode
 from .base import LinearKernel
 
 onednn = torch.ops.onednn

@@ -1,13 +1,17 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from capture import apply, branches, capture, skips
-from passes import GuardRegions
+from head_plans import BLANK, head_plan
+from passes import GuardRegions, RewriteAttention
+from qc_compiler.attention import FULL
 from qc_compiler.formats import parse_format
 from qc_compiler.graph import body_calls, cond, placeholders, submodules
+from qc_compiler.options import parse_options
 from qc_compiler.show import show
 from qc_compiler.statistics import Statistic, ratios
 from small_blocks import Feed, Mix, Modulated, Stack, attend
@@ -137,6 +141,20 @@ def test_an_output_of_numbers_is_not_guarded():
     assert skips(report) == [("output", "the model returns something else than floating point tensors")]
     assert "interface" not in gm.meta
     assert show(gm) == before
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_block_that_keeps_heads_is_guarded_as_a_whole(tiny, keeps):
+    """Its slots are results of the block, which no sub-layer returns; without them sub-layers are found as ever."""
+    gm = tiny.shared()
+    heads = BLANK if keeps else head_plan(np.full((1, 3, 4), FULL))
+    assert apply(RewriteAttention(parse_options({}), heads), gm).changed == 3
+    report = apply(GuardRegions("sublayer"), gm)
+    reason = "it keeps attention heads; the whole block is guarded instead"
+    assert skips(report) == ([("blocks.0", reason)] if keeps else [])
+    parts = ("",) if keeps else ("/attention", "/mlp")
+    names = [region.name for region in gm.meta["interface"].regions]
+    assert names == [f"blocks.{i}{part}" for i in range(3) for part in parts]
 
 
 def test_a_block_without_sublayers_is_guarded_as_a_whole():

@@ -15,9 +15,11 @@ pytest.importorskip("diffusers")
 
 from diffusers_models import MODELS, dit, flux
 from qc_compiler import UnsupportedModelError
-from qc_compiler.graph import Skip, body_calls, placeholders
+from qc_compiler.graph import Skip, body_calls, body_of, placeholders
 from qc_compiler.runtime import GuardedGraph
+from qc_compiler.tokens import TokenLayouts
 
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 TIMESTEPS = (900.0, 600.0, 300.0)
 LEVELS = ("block", "sublayer", "network", "output+block")
 CASES = [(name, level) for name in ("DiT", "SD3.5", "CogVideoX-5b", "HunyuanDiT") for level in LEVELS]
@@ -149,6 +151,37 @@ def test_the_timestep_and_the_sample_are_found(name):
     sources = [str(node.meta.get("source")).lower() for node in placeholders(graph.compiled.graph)]
     found = [sources[i].removeprefix("l_").removeprefix("kwargs_") for i in (graph.clock, graph.latent)]
     assert found == ["timestep_", "hidden_states_"]
+
+
+TOKENS = {  # queries and keys of each attention: v vision, t text
+    "DiT": {("16v", "16v")},
+    "PixArt-Sigma": {("16v", "16v"), ("16v", "6t")},
+    "SD3": {("16v 6t", "16v 6t")},
+    "SD3.5": {("16v 6t", "16v 6t"), ("16v", "16v")},
+    "Flux": {("6t 16v", "6t 16v")},
+    "Chroma": {("6t 16v", "6t 16v")},
+    "CogVideoX-2b": {("6t 48v", "6t 48v")},
+    "CogVideoX-5b": {("6t 48v", "6t 48v")},
+    "HunyuanDiT": {("16v", "16v"), ("16v", "12t")},
+    "Latte": {("16v", "16v"), ("16v", "6t"), ("3v", "3v")},
+    "Allegro": {("48v", "48v"), ("48v", "6t")},
+    "Sana": {("16v", "6t")},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_text_is_found_among_the_tokens_of_every_attention(name):
+    graph = run(name, "block").graph
+    shared = graph.runtime.shared
+    layouts = TokenLayouts(shared, placeholders(shared.graph)[graph.latent])
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for call in body_calls(shared):
+        for node in body_of(shared, call).graph.find_nodes(op="call_function", target=SDPA):
+            reads = (layouts.of(call, arg, 2) for arg in node.args[:2])
+            kinds = [" ".join(f"{s.length}{'v' if s.is_vision else 't'}" for s in layout) for layout in reads]
+            found.setdefault(str(call.meta["block"]), set()).add(tuple(kinds))
+    assert list(found) == BLOCKS[name][0]
+    assert set.union(*found.values()) == TOKENS[name]
 
 
 @pytest.mark.parametrize("name", [name for name, level in CASES if level == "sublayer"])

@@ -1,12 +1,19 @@
-"""Real Inductor on a rewritten graph, without Dynamo and the runtime around it."""
+"""Real Inductor on a rewritten graph, most of it without Dynamo and the runtime around it."""
 
+import numpy as np
 import pytest
 import torch
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 
+import qc_compiler
 from capture import capture
+from driver import Driver
+from head_plans import head_plan, plan_for, run_steps
+from qc_compiler.attention import CACHED, FULL
+from qc_compiler.backend import quantcache
 from qc_compiler.inductor import compile_graph
 from small_blocks import Stack, attend
+from tiny_models import tiny_dit
 
 X = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -42,3 +49,34 @@ def test_the_compiled_graph_is_the_graph(graph, compiled, compute):
         if compute[region]:
             torch.testing.assert_close(found[1 + region], expected[1 + region], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(found[3 + region], expected[3 + region])
+
+
+# -- heads, under Dynamo and the runtime
+
+
+def test_heads_do_what_they_do_in_the_graph_and_full_ones_what_inductor_does():
+    """One compiled graph for every plan; its attention is a kernel, and the rest Inductor's."""
+    model, graphs = tiny_dit(1), []
+    mixed = np.full((3, 1, 4), FULL)
+    mixed[1, 0], mixed[2] = (CACHED, 0.25, FULL, 1.0), CACHED
+    plans = [plan_for(head_plan(windows)) for windows in (mixed, np.full((3, 1, 4), FULL), np.full((3, 1, 4), 0.5))]
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return quantcache(gm, inputs, options=options)
+
+    options = {"cache": "static", "interval": 1, "level": "output", "plan": plans[0]}
+    compiled, found, expected = torch.compile(model, backend=backend, fullgraph=True), [], []
+    eager = Driver(1, **options)
+    for plan in plans:
+        if found:
+            qc_compiler.configure(compiled, plan=plan)
+            eager.runtime.configure(plan=plan)
+        found.append(torch.stack(run_steps(compiled, 3)))
+        expected.append(torch.stack(run_steps(eager, 3)))
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+    assert not torch.allclose(found[2], found[1], atol=1e-4)
+    assert len(graphs) == 1
+    plain = torch.compile(tiny_dit(1), fullgraph=True)
+    assert torch.equal(found[1], torch.stack(run_steps(plain, 3)))

@@ -9,7 +9,7 @@ from qc_compiler import Plan
 from qc_compiler.errors import OptionError, PlanError
 from qc_compiler.formats import parse_format
 from qc_compiler.options import CACHE_DTYPES, CACHES, PRESETS, Options, changed, parse_options
-from qc_compiler.plan import Quantization
+from qc_compiler.plan import HeadPlan, Quantization
 
 
 def plan(level="block", depth=2, regions=("blocks.0", "blocks.1")):
@@ -107,6 +107,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(typo, name):
         ({"max_skip": -1}, "max_skip=-1: expected a whole number of at least 0"),
         ({"num_steps": 0}, "num_steps=0: expected a whole number of at least 1"),
         ({"num_frames": 0}, "num_frames=0: expected a whole number of at least 1"),
+        ({"text_tokens": "6"}, "text_tokens='6': expected how many come first, -n for the last n, or 0"),
+        ({"text_tokens": 6.0}, "text_tokens=6.0: expected how many come first"),
+        ({"text_tokens": True}, "text_tokens=True: expected how many come first"),
         ({"threshold": -0.1}, "threshold=-0.1: expected a number of at least 0"),
         ({"threshold": float("nan")}, "threshold=nan: expected a number of at least 0"),
         ({"threshold": "0.1"}, "threshold='0.1': expected a number of at least 0"),
@@ -350,3 +353,44 @@ def test_a_level_without_them_is_refused(given):
 def test_without_a_rule_a_plan_of_the_output_stays_there():
     options = parse_options({"quantize": "w8a8", "plan": plan("output", regions=("output",))})
     assert options.level == "output"
+
+
+# -- heads
+
+
+def plan_of_heads(order="raster", **changes):
+    heads = HeadPlan(("blocks.0.attn",), np.full((1, 2, 1, 4), 0.25, "f4"), order)
+    return plan_of_linears(None, attention=heads, **changes)
+
+
+@pytest.mark.parametrize("num_text", [226, 0, -226])
+def test_text_may_come_first_or_last(num_text):
+    assert parse_options({"text_tokens": num_text}).text_tokens == num_text
+
+
+def test_without_a_plan_for_heads_attention_stays_as_it_is():
+    assert not parse_options({"text_tokens": 6}).attends
+    assert not parse_options({"plan": plan()}).attends
+    assert parse_options({"plan": plan_of_heads()}).attends
+
+
+@pytest.mark.parametrize("given", [{"cache": "off"}, {"preset": "exact"}])
+def test_an_output_is_guarded_for_heads_where_nothing_is_cached(given):
+    """The runtime must know the step all the same."""
+    options = parse_options({"plan": plan_of_heads()} | given)
+    assert (options.level, options.caches, options.exact) == ("output", True, False)
+    assert parse_options({"plan": plan_of_heads(), "level": "block"} | given).level == "block"
+
+
+def test_a_plan_of_heads_alone_leaves_the_preset_in_charge_of_the_cache():
+    for preset in ("high", "balanced", "fast"):
+        options = parse_options({"plan": plan_of_heads(), "preset": preset})
+        assert {name: getattr(options, name) for name in PRESETS[preset]} == PRESETS[preset]
+
+
+def test_the_order_of_tokens_is_built_into_a_graph():
+    options = parse_options({"plan": plan_of_heads()})
+    assert changed(options, {"plan": plan_of_heads()}).attends
+    for other, name in ((plan_of_heads("time"), "time"), (plan_of_linears(None), None), (None, None)):
+        with pytest.raises(OptionError, match=f"plan=… whose attention is {name} needs a new torch.compile: .* raster"):
+            changed(options, {"plan": other})

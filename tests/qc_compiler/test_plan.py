@@ -10,9 +10,10 @@ from safetensors.numpy import save_file
 
 from capture import capture
 from qc_compiler import plan as plan_module
+from qc_compiler.attention import CACHED, FULL, INT8
 from qc_compiler.backend import fingerprint
 from qc_compiler.errors import PlanError
-from qc_compiler.plan import Plan, Quantization
+from qc_compiler.plan import TOKEN_ORDERS, HeadPlan, Plan, Quantization
 from tiny_models import compile_eagerly, sample, tiny_dit
 
 FINGERPRINT = "0123456789abcdef" * 4
@@ -41,6 +42,9 @@ def assert_equal(a, b):
         assert same(x, y)
     assert (a.compensation is None) == (b.compensation is None)
     assert a.compensation is None or same(a.compensation, b.compensation)
+    p, q = a.attention, b.attention
+    assert (p is None) == (q is None)
+    assert p is None or ((p.layers, p.order) == (q.layers, q.order) and same(p.windows, q.windows))
     p, q = a.quantization, b.quantization
     assert (p is None) == (q is None)
     if p is not None:
@@ -68,6 +72,13 @@ def quantization(num_sites=3, num_regions=2, **changes):
         "regions": tuple(f"blocks.{i}" for i in range(num_regions)),
     }
     return Quantization(**fields | changes)
+
+
+def heads(*shape, layers=("blocks.0.attn", "blocks.1.attn"), order="time", **changes):
+    """Windows of every kind; `shape` (S, N, A, H)."""
+    shape = shape or (1, 3, len(layers), 4)
+    windows = np.resize(np.array([FULL, CACHED, INT8, 1 / 8, 1.999], np.float32), shape)
+    return HeadPlan(**{"layers": layers, "windows": windows, "order": order} | changes)
 
 
 def without_schedule(num_steps=3, depth=1, **changes):
@@ -110,6 +121,17 @@ def quantizations(draw):
 
 
 @st.composite
+def head_plans(draw, num_streams, num_steps):
+    num_layers, codes = draw(st.integers(0, 3)), st.sampled_from([FULL, CACHED, INT8])
+    shares = st.floats(0, 2, width=32, exclude_min=True, exclude_max=True)
+    return HeadPlan(
+        tuple(draw(st.lists(names, min_size=num_layers, max_size=num_layers))),
+        draw(npst.arrays(np.float32, (num_streams, num_steps, num_layers, 2), elements=codes | shares)),
+        draw(st.sampled_from(TOKEN_ORDERS)),
+    )
+
+
+@st.composite
 def plans(draw):
     num_regions = draw(st.integers(0, 3))
     num_steps, depth, channels = (draw(st.integers(1, 4)) for _ in range(3))
@@ -131,6 +153,7 @@ def plans(draw):
         measured=draw(st.dictionaries(names, finite, max_size=3)),
         quantization=draw(st.none() | quantizations()),
         compensation=draw(st.none() | floats(len(streams), num_steps, channels, 2)),
+        attention=draw(st.none() | head_plans(len(streams), num_steps)),
     )
 
 
@@ -220,6 +243,7 @@ def header(**changes):
         "timesteps": [1.0],
         "measured": {},
         "quantization": None,
+        "attention": None,
     }
     arrays = {"compute": np.ones((1, 1), np.uint8), "weights": np.ones((1, 1, 1, 1), np.float32)}
     fields["checksum"] = plan_module._checksum(fields, arrays)
@@ -229,7 +253,7 @@ def header(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "plan version 1, this quantcache reads 2: calibrate again"),
+        ({"version": 1}, "plan version 1, this quantcache reads 3: calibrate again"),
         ({"version": "1"}, "the plan's header is invalid: "),
         ({"regions": "a"}, "the plan's header is invalid: "),
         ({"timesteps": ["1"]}, "the plan's header is invalid: "),
@@ -328,13 +352,19 @@ def test_sizes():
 @pytest.fixture
 def full(tmp_path):
     path = tmp_path / "full.safetensors"
-    make(quantization=quantization(), compensation=np.ones((1, 3, 4, 2), np.float32)).save(path)
+    whole().save(path)
     return path
+
+
+def whole():
+    return make(
+        quantization=quantization(), compensation=np.ones((1, 3, 4, 2), np.float32), attention=heads(1, 3, 2, 4)
+    )
 
 
 def test_all_that_calibration_found_is_loaded_again(full):
     loaded = Plan.load(full)
-    assert_equal(loaded, make(quantization=quantization(), compensation=np.ones((1, 3, 4, 2), np.float32)))
+    assert_equal(loaded, whole())
     assert [amax.shape for amax in loaded.quantization.amax] == [(3,), (4,), (5,)]
     before = full.read_bytes()
     loaded.save(full)
@@ -362,7 +392,7 @@ def test_damage_to_what_is_known_of_the_linears_is_noticed(full):
             Plan.load(full)
 
 
-@pytest.mark.parametrize("word", ["importance+balance", "blocks.1.mlp", "0.25"])
+@pytest.mark.parametrize("word", ["importance+balance", "blocks.1.mlp", "0.25", "blocks.1.attn"])
 def test_damage_to_their_header_is_noticed(full, word):
     whole = full.read_bytes()
     assert word.encode() in whole
@@ -371,7 +401,7 @@ def test_damage_to_their_header_is_noticed(full, word):
         Plan.load(full)
 
 
-@pytest.mark.parametrize("missing", ["bits", "noise", "amax"])
+@pytest.mark.parametrize("missing", ["bits", "noise", "amax", "windows"])
 def test_a_file_without_one_of_their_arrays(tmp_path, missing, monkeypatch):
     """Even where the checksum is right."""
     save = plan_module.save_file
@@ -384,7 +414,7 @@ def test_a_file_without_one_of_their_arrays(tmp_path, missing, monkeypatch):
         save(kept, path, metadata={"quantcache_plan": json.dumps(fields)})
 
     monkeypatch.setattr(plan_module, "save_file", spoiled)
-    make(quantization=quantization()).save(tmp_path / "a")
+    whole().save(tmp_path / "a")
     with pytest.raises(PlanError, match="calibrate again"):
         Plan.load(tmp_path / "a")
 
@@ -433,6 +463,77 @@ def test_the_noise_of_a_region_is_its_own_or_that_of_its_block():
     assert [known.region_of(name) for name in ("blocks.1", "blocks.0/attn", "blocks.1/mlp", "output", "blocks.2")] == [
         1, 0, 1, None, None,
     ]  # fmt: skip
+
+
+# -- what heads do
+
+
+def test_plans_that_say_the_same_of_heads_have_one_digest():
+    plan = make(attention=heads())
+    assert plan.digest == make(attention=heads()).digest
+    other = heads().windows.copy()
+    other[0, 2, 1, 3] = FULL if other[0, 2, 1, 3] != FULL else CACHED
+    changes = [None, heads(windows=other), heads(order="raster"), heads(layers=("blocks.0.attn", "blocks.1.attn2"))]
+    assert len({plan.digest, *(make(attention=changed).digest for changed in changes)}) == 5
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.5, -3.0, 2.0, 64.0])
+def test_windows_are_shares_or_codes(bad):
+    windows = heads().windows.copy()
+    windows[0, 1, 0, 2] = bad
+    with pytest.raises(PlanError, match=r"a plan for 2 attentions cannot hold windows .*out of range: calibrate again"):
+        heads(windows=windows)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4), (1, 3, 1, 4), (1, 3, 3, 4), (1, 1, 3, 2, 4)])
+def test_windows_have_an_axis_for_the_layers(shape):
+    with pytest.raises(PlanError, match="a plan for 2 attentions cannot hold windows"):
+        heads(windows=np.full(shape, FULL, np.float32))
+
+
+def test_an_order_of_tokens_has_a_name():
+    with pytest.raises(PlanError, match="the plan's order of tokens is 'frames', not one of raster, time"):
+        heads(order="frames")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2, 4), (1, 2, 2, 4), (1, 4, 2, 4)])
+def test_heads_are_for_the_streams_and_steps_of_the_plan(shape):
+    with pytest.raises(PlanError, match=r"a plan of 1 streams and 3 steps cannot hold heads for \(.*\): calibrate"):
+        make(attention=heads(*shape))
+
+
+def test_heads_that_are_left_open_are_for_any_steps():
+    blank = heads(layers=(), windows=np.zeros((1, 1, 0, 0), np.float32))
+    assert make(attention=blank).attention is blank
+
+
+def test_damage_to_the_windows_in_a_file_is_refused(tmp_path, monkeypatch):
+    """Windows that no plan can hold, in a file whose checksum is right."""
+    monkeypatch.setattr(HeadPlan, "__post_init__", lambda _: None)
+    make(attention=heads(windows=np.full((1, 3, 2, 4), 7, np.float32))).save(tmp_path / "a")
+    monkeypatch.undo()
+    with pytest.raises(PlanError, match="out of range: calibrate again"):
+        Plan.load(tmp_path / "a")
+
+
+def test_the_kept_heads_of_a_layer_are_those_that_any_step_of_any_stream_caches():
+    windows = np.full((2, 3, 2, 4), FULL, np.float32)
+    windows[0, 1, 0, 3] = windows[1, 2, 0, 1] = windows[1, 0, 0, 1] = CACHED
+    plan = heads(windows=windows)
+    assert (plan.kept("blocks.0.attn", 4), plan.kept("blocks.1.attn", 2)) == ((1, 3), ())
+    for layer, num_heads in (("blocks.0.attn", 5), ("blocks.0.attn", 3)):
+        with pytest.raises(PlanError, match=f"blocks.0.attn has {num_heads} heads, the plan is for another number"):
+            plan.kept(layer, num_heads)
+    with pytest.raises(PlanError, match="nothing about the attention 'blocks.2.attn': calibrate this model"):
+        plan.kept("blocks.2.attn", 4)
+
+
+def test_a_model_may_be_compiled_for_two_plans():
+    """Dynamo compares the options of the two; arrays have no one truth value."""
+    plans = [make(attention=heads(), quantization=quantization()) for _ in range(2)]
+    assert plans[0] != plans[1]
+    assert plans[0].digest == plans[1].digest
+    assert len({*plans, *plans}) == 2
 
 
 # -- plans without a schedule

@@ -33,6 +33,7 @@ class Driver:
     Attributes:
         decisions: What the graph was called with, a row a call; None where it was not called.
         weights: Likewise.
+        modes: What attention was called with, where it is head-wise.
     """
 
     def __init__(self, depth: int = 3, **options: Any) -> None:
@@ -55,10 +56,14 @@ class Driver:
         ]
         self.decisions: list[NDArray[np.bool_] | None] = []
         self.weights: list[NDArray[np.float32] | None] = []
+        self.modes: list[NDArray[np.int32]] = []
 
     def _compiled(self, *args: Any) -> Any:
-        num_inputs = len(self.inputs)
-        self.decisions[-1], self.weights[-1] = args[num_inputs].numpy().copy(), args[num_inputs + 1].numpy().copy()
+        at, layers = len(self.inputs), self.graph.interface.layers
+        if layers:
+            self.modes.append(args[at].numpy().copy())
+            at += 2 + sum(layer.num_kept > 0 for layer in layers)
+        self.decisions[-1], self.weights[-1] = args[at].numpy().copy(), args[at + 1].numpy().copy()
         return self.gm(*args)
 
     def __call__(self, x: Tensor, timestep: Any) -> Tensor:
@@ -86,6 +91,10 @@ class Driver:
         """Returns every slot of every stream of every trajectory that is still remembered."""
         states = [state for trajectory in self.runtime.trajectories for state in trajectory.streams]
         return [t for state in states for history in state.history for _, tensors in history for t in tensors]
+
+    def kept(self, turn: int = 0) -> list[Tensor | None]:
+        """Returns the kept heads of each layer of a stream of the last trajectory."""
+        return self.runtime.trajectories[-1].streams[turn].kept
 
 
 def noise(seed: int = 0, *shape: int) -> Tensor:

@@ -19,13 +19,15 @@ def test_every_kernel_compiles_for_hopper(tmp_path):
     run = subprocess.run([sys.executable, str(script), "90"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = [line.split(".")[0] + " … " + ".".join(line.split(".")[-3:]) for line in run.stdout.splitlines()]
-    assert found[:-1] == [
+    assert found[:-2] == [
         "linear int8 wgmma … s32.s8.s8",
         "linear int4 wgmma … s32.s8.s8",
         "linear fp8 wgmma … f32.e4m3.e4m3",
         "linear nvfp4 wgmma … f32.bf16.bf16",
+        "attention wgmma … f32.bf16.bf16",
+        "attention int8 wgmma … s32.s8.s8",
         "quantize uint 128 wgmma … f32.bf16.bf16",
         "quantize int 128 wgmma … f32.bf16.bf16",
         "quantize fp8 128 wgmma … f32.bf16.bf16",
     ]
-    assert run.stdout.splitlines()[-1] == "quantize uint 1"  # nothing to multiply
+    assert run.stdout.splitlines()[-2:] == ["quantize uint 1", "attention keys"]  # nothing to multiply

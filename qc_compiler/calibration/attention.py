@@ -1,0 +1,196 @@
+"""Chooses what each attention head does at each step: progressively, in one generation.
+
+At every step and layer each candidate m of each head h is tried on the activations that the compressed prefix produces,
+
+    RSE(h, m) = mean (o_m − o)² / mean (o − mean o)²
+
+and an integer program chooses at most one candidate for a head, so that the saved operations are most and Σ RSE ≤ δ.
+Candidates with RSE ≥ 1.5·δ/H are dropped. The layer then runs as chosen, and so on to the end of the trajectory. The
+first step is full. Savings are exact parts of the query–key pairs; a cached head saves all of them, and full attention
+with scores from int8 codes, if it is a candidate, counts as a quarter.
+
+Source: DiTFastAttnV2, arXiv 2503.22796, section 4.2 and its code.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor
+
+from .. import ops
+from ..attention import CACHED, FULL, INT8, ROW, WINDOW, attended_share
+from ..errors import QuantCacheError
+from ..heads import ASK, half_width
+from ..plan import HeadPlan, Plan
+from ..registry import runtime_of
+from ..runtime import GuardedGraph, Position
+from .recording import run_steered
+
+WINDOWS = (1 / 8, 1 / 16, 1 / 32)
+INT8_SAVES = 0.25  # of a head: half of its operations, at twice the rate
+DROP = 1.5  # times δ/H: candidates that alone would take more than this part of the budget
+
+
+@dataclass
+class HeadSearch:
+    """Steers a model whose plan leaves its heads open, and keeps what it chose.
+
+    Attributes:
+        budget: δ, of the summed RSE of a layer.
+        candidates: What a head may do beside full and cached attention: parts of the vision tokens, or codes.
+        timesteps: Of the steps so far.
+        chosen: For each stream, step and layer what each head does, (H,).
+        saved, total: Query–key pairs of all heads of the computed steps.
+    """
+
+    budget: float
+    candidates: Sequence[float] = WINDOWS
+    timesteps: list[float] = field(default_factory=list)
+    chosen: dict[tuple[str, int, int], NDArray[np.float32]] = field(default_factory=dict)
+    saved: float = 0.0
+    total: float = 0.0
+    _now: tuple[str, int] = ("0", 0)
+
+    def decide(self, graph: GuardedGraph, position: Position, *_: Any) -> None:
+        """Leaves it to the rule or the schedule which steps are computed."""
+        self._now = position.stream, position.step
+
+    def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
+        if position.step == len(self.timesteps):
+            self.timesteps.append(float(position.step) if timestep is None else timestep)
+        return results
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, modes: Tensor, kept: Tensor | None, num_text: int, scale: float
+    ) -> Tensor:
+        """Runs the attention of one layer as it is chosen here; see `qc_compiler.ops.headwise_attention`."""
+        if modes[WINDOW, 0] > ASK:  # nobody asks yet: the run that compiles
+            return ops.attend(query, key, value, modes, kept, num_text, scale)
+        (stream, step), layer = self._now, ASK - int(modes[WINDOW, 0])
+        heads, tokens = query.shape[1:3]
+
+        def run(code: int) -> Tensor:
+            all_alike = torch.stack([torch.full_like(modes[ROW], code), modes[ROW]])
+            return ops.attend(query, key, value, all_alike, kept, num_text, scale)
+
+        full = run(FULL)
+        tried: dict[float, tuple[int, Tensor]] = {}
+        if any(known in self.chosen for known in ((stream, before, layer) for before in range(step))):
+            tried[CACHED] = CACHED, run(CACHED)
+        for share in self.candidates if step else ():
+            code = half_width(share, tokens - abs(num_text))
+            if code != FULL:
+                tried[share] = code, run(code)
+        chosen = np.full(heads, FULL, dtype=np.float32)
+        output = full
+        if tried:
+            unattended = np.array([1 - attended_share(code, tokens, num_text) for code, _ in tried.values()])
+            savings = np.where([code == INT8 for code, _ in tried.values()], INT8_SAVES, unattended)
+            errors = np.stack([relative_errors(candidate, full) for _, candidate in tried.values()], axis=1)
+            took = choose_heads(errors, savings, self.budget)
+            output = full.clone()
+            for head, m in enumerate(took):
+                if m >= 0:
+                    chosen[head] = list(tried)[m]
+                    output[:, head] = list(tried.values())[m][1][:, head]
+                    self.saved += float(unattended[m])
+        self.total += heads
+        self.chosen[stream, step, layer] = chosen
+        return output
+
+    def plan(self, layers: Sequence[str], streams: Sequence[str], order: str) -> HeadPlan:
+        """Returns what was chosen; what never ran is full."""
+        width = max(map(len, self.chosen.values()))
+        windows = np.full((len(streams), len(self.timesteps), len(layers), width), FULL, dtype=np.float32)
+        for (stream, step, layer), heads in self.chosen.items():
+            windows[streams.index(stream), step, layer, : len(heads)] = heads
+        return HeadPlan(tuple(layers), windows, order)
+
+
+def relative_errors(candidate: Tensor, full: Tensor) -> NDArray[np.float64]:
+    """Returns the RSE of each head, float64 (H,), of outputs (B, H, S, D)."""
+    error, reference = (x.double().transpose(0, 1).flatten(1) for x in (candidate - full, full))
+    spread = (reference - reference.mean(dim=1, keepdim=True)).square().mean(dim=1)
+    return (error.square().mean(dim=1) / spread.clamp_min(1e-30)).cpu().numpy()
+
+
+def choose_heads(errors: NDArray[Any], savings: NDArray[Any], budget: float) -> NDArray[np.int_]:
+    """Chooses for each head the candidate that saves most, under a budget of errors for all.
+
+    Args:
+        errors: (H, M), of each candidate.
+        savings: (M,).
+        budget: Of the sum of the errors.
+
+    Returns:
+        int (H,): the candidate, or −1 for none.
+
+    >>> choose_heads(np.array([[0.1, 0.0], [0.5, 0.1]]), np.array([1.0, 0.6]), 0.3).tolist()
+    [0, 1]
+    """
+    heads, count = errors.shape
+    is_allowed = (errors < DROP * budget / heads).ravel()  # not so for NaN
+    if not is_allowed.any():
+        return np.full(heads, -1)
+    one_each = np.kron(np.eye(heads), np.ones(count))
+    cost = np.where(is_allowed, errors.ravel(), 0.0) / budget  # the solver's tolerances are absolute
+    result = milp(
+        -np.tile(savings, heads),
+        constraints=[LinearConstraint(one_each, ub=1), LinearConstraint(cost[None], ub=1)],
+        bounds=Bounds(0, is_allowed.astype(float)),
+        integrality=np.ones(heads * count),
+    )
+    taken = result.x.reshape(heads, count) > 0.5
+    return np.where(taken.any(axis=1), taken.argmax(axis=1), -1)
+
+
+def find_heads(compiled: Any, generate: Callable[[Any], Any], search: HeadSearch, plan: Plan) -> Plan:
+    """Runs `generate` once; returns `plan` with what the heads do.
+
+    Args:
+        compiled: The model, compiled with `plan` and heads that are left open.
+        generate: As of `calibrate`.
+        search: Holds the budget.
+        plan: Its schedule and what it knows of linears are kept; a compensation would be stale.
+
+    Raises:
+        QuantCacheError: no attention of the model can be rewritten, or the plan's schedule is for other streams.
+    """
+    start = time.perf_counter()
+    with ops.observed(search.attend):
+        run_steered(compiled, generate, search)
+    runtime = runtime_of(compiled)
+    layers = runtime.interface.layers if runtime.interface else []
+    if not layers:
+        skipped = [skip for run in runtime.reports if run.name == "rewrite-attention" for skip in run.report.skipped]
+        why = "; ".join(f"{skip.where}: {skip.reason}" for skip in skipped[:3])
+        raise QuantCacheError(f"no attention of this model can be head-wise: {why or 'it has none'}")
+    order = runtime.options.plan.attention.order  # type: ignore[union-attr]
+    streams = plan.streams if plan.has_schedule else tuple(dict.fromkeys(stream for stream, _, _ in search.chosen))
+    timesteps = plan.timesteps if plan.has_schedule else tuple(search.timesteps)
+    if unknown := [stream for stream, _, _ in search.chosen if stream not in streams]:
+        raise QuantCacheError(
+            f"generate(model) has a stream {unknown[0]!r}, the plan only {', '.join(streams)}: calibrate both with one "
+            "generate"
+        )
+    measured = {
+        "attention_saved": search.saved / search.total,
+        "attention_minutes": (time.perf_counter() - start) / 60,
+    }
+    heads = search.plan([layer.name for layer in layers], streams, order)
+    if plan.has_schedule:
+        return replace(plan, attention=heads, measured=plan.measured | measured, compensation=None)
+    return Plan.without_schedule(
+        runtime.fingerprint,
+        timesteps,
+        streams,
+        attention=heads,
+        measured=plan.measured | measured,
+        quantization=plan.quantization,
+    )
