@@ -37,8 +37,11 @@ SCHEMES = (
     "w4a8+rank32",
     "w4a6",
     "w4a6+rotation",
+    "w4a6+balance",
+    "w4a6+balance+rotation",
     "nvfp4",
     "nvfp4+rotation",
+    "nvfp4+balance",
 )
 HEADINGS = ("scheme", "weight bits", "activation bits", "PSNR dB", "median", "SSIM", "median", "recognized", "Fréchet")
 
