@@ -515,7 +515,10 @@ class GuardedGraph:
         steering = torch.from_numpy(weights).to(device, non_blocking=True)
         chosen: list[Tensor] = []
         if heads is not None:
-            kept = [self._blank_heads(i, inputs) if old is None else old for i, old in enumerate(state.kept)]
+            kept = [
+                self._zeros(layer.shape, layer.dtype, layer.device, inputs) if old is None else old
+                for layer, old in zip(self._keeping, state.kept)
+            ]
             chosen = [*map(torch.from_numpy, heads), *kept]
         if precision is not None:
             chosen += [torch.from_numpy(precision[:, None] > np.arange(self.interface.num_choices - 1))]
@@ -593,21 +596,17 @@ class GuardedGraph:
 
     def _blank(self, region: int, inputs: Sequence[Any]) -> list[Tensor]:
         """Returns zeros that stand for a slot not filled yet; one tensor for all slots of a shape."""
-        tensors = []
-        for slot in (slot for slot in self.interface.slots if slot.region == region):
-            for shape, dtype in zip(slot.shapes, slot.dtypes):
-                sizes = tuple(self._size(n, inputs) for n in shape)
-                kind = (sizes, dtype, slot.device)
-                if kind not in self._blanks:
-                    self._blanks[kind] = torch.zeros(sizes, device=slot.device).to(dtype)
-                tensors.append(self._blanks[kind])
-        return tensors
+        return [
+            self._zeros(shape, dtype, slot.device, inputs)
+            for slot in self.interface.slots
+            if slot.region == region
+            for shape, dtype in zip(slot.shapes, slot.dtypes)
+        ]
 
-    def _blank_heads(self, index: int, inputs: Sequence[Any]) -> Tensor:
-        layer = self._keeping[index]
-        kind = (tuple(self._size(n, inputs) for n in layer.shape), layer.dtype, layer.device)
+    def _zeros(self, shape: Sequence[Any], dtype: torch.dtype, device: torch.device, inputs: Sequence[Any]) -> Tensor:
+        kind = (tuple(self._size(n, inputs) for n in shape), dtype, device)
         if kind not in self._blanks:
-            self._blanks[kind] = torch.zeros(kind[0], dtype=layer.dtype, device=layer.device)
+            self._blanks[kind] = torch.zeros(kind[0], device=device).to(dtype)
         return self._blanks[kind]
 
     def _layout(self, inputs: Sequence[Any]) -> Any:
