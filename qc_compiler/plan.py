@@ -37,6 +37,14 @@ class _Attention(BaseModel):
     order: str
 
 
+class _Version(BaseModel):
+    """What is read of a header first: another version has other fields."""
+
+    model_config = ConfigDict(strict=True)
+
+    version: int
+
+
 class _Header(BaseModel):
     """The JSON part of a plan file, validated because files come from outside."""
 
@@ -351,11 +359,11 @@ class Plan:
         if text is None:
             raise PlanError(f"{path} is a safetensors file without a plan in its header")
         try:
+            if (version := _Version.model_validate_json(text).version) != VERSION:
+                raise PlanError(f"{path}: plan version {version}, this quantcache reads {VERSION}: calibrate again")
             header = _Header.model_validate_json(text)
         except ValidationError as error:
             raise PlanError(f"{path}: the plan's header is invalid: {error.errors()[0]['msg']}") from error
-        if header.version != VERSION:
-            raise PlanError(f"{path}: plan version {header.version}, this quantcache reads {VERSION}: calibrate again")
         fields = header.model_dump()
         checksum = fields.pop("checksum")
         needed = {"compute", "weights", *((*_OF_SITES, "amax") if header.quantization else ())}

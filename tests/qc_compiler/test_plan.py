@@ -254,6 +254,7 @@ def header(**changes):
     ("changes", "message"),
     [
         ({"version": 1}, "plan version 1, this quantcache reads 3: calibrate again"),
+        ({"version": 9, "a field": "of the future"}, "plan version 9, this quantcache reads 3: calibrate again"),
         ({"version": "1"}, "the plan's header is invalid: "),
         ({"regions": "a"}, "the plan's header is invalid: "),
         ({"timesteps": ["1"]}, "the plan's header is invalid: "),
