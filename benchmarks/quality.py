@@ -85,8 +85,8 @@ def main() -> None:
 
 def partial_steps(plan: qc_compiler.Plan) -> int:
     """Returns at how many steps of a plan some blocks are computed and others are not."""
-    blocks = plan.compute[:, 1:] if len(plan.regions) > 1 else plan.compute
-    return int((blocks.any(axis=1) & ~blocks.all(axis=1)).sum())
+    blocks = plan.compute[..., 1:] if len(plan.regions) > 1 else plan.compute
+    return int((blocks.any(axis=-1) & ~blocks.all(axis=-1)).any(axis=0).sum())
 
 
 def sweeps() -> list[tuple[str, dict[str, object], str, tuple[float, ...]]]:

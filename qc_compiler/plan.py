@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from .attention import CACHED, FULL, INT8
 from .errors import PlanError
 
-VERSION = 3
+VERSION = 4
 
 
 class _Quantization(BaseModel):
@@ -181,10 +181,12 @@ class Plan:
         level: The level whose regions the plan steers, as in the option `level`.
         regions: Names of the regions, one a column.
         timesteps: What the model is called with at each step, in order; N of them.
-        compute: bool (N, R): whether a region is computed at a step.
+        compute: bool (S, N, R): whether a region is computed at a step of each of S streams.
         weights: float32 (S, N, R, depth): what a region that is reused multiplies its last residuals with, newest
-            first, in each of S streams.
+            first.
         streams: Names of the streams: the user's, or "0", "1" … for the calls with one timestep, in order.
+        across: float32 (S, N, 1 + depth): what an output that is reused adds of the stream called before it: of its
+            newest prediction, and of those when this stream was last computed, newest first.
         measured: What calibration measured, e.g. `share` and `error`.
         quantization: What is known of the linears, or None.
         compensation: float32 (S, N, C, 2): shift and gain of each channel of the model's output (VC), or None.
@@ -204,18 +206,21 @@ class Plan:
     quantization: Quantization | None = None
     compensation: NDArray[np.float32] | None = None
     attention: HeadPlan | None = None
+    across: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        shape = (len(self.timesteps), len(self.regions))
-        wanted = (len(self.streams), *shape)
-        if self.compute.shape != shape or self.weights.shape[:3] != wanted or self.weights.ndim != 4:
+        shape = (len(self.streams), len(self.timesteps), len(self.regions))
+        if self.compute.shape != shape or self.weights.shape[:3] != shape or self.weights.ndim != 4:
             raise PlanError(
-                f"a plan of {shape[0]} steps and {shape[1]} regions needs compute {shape} and weights "
-                f"{(*wanted, 'depth')}, got {self.compute.shape} and {self.weights.shape}"
+                f"a plan of {shape[0]} streams, {shape[1]} steps and {shape[2]} regions needs compute {shape} and "
+                f"weights {(*shape, 'depth')}, got {self.compute.shape} and {self.weights.shape}"
             )
+        mixed = (*shape[:2], 1 + self.depth)
+        if self.across is not None and self.across.shape != mixed:
+            raise PlanError(f"a plan of this shape needs across {mixed}, got {self.across.shape}")
         if 0 in self.weights.shape and self.has_schedule:
             raise PlanError(f"a plan needs a stream, a step, a region and a depth, got weights {self.weights.shape}")
-        if not np.isfinite(self.weights).all():
+        if not np.isfinite(self.weights).all() or (self.across is not None and not np.isfinite(self.across).all()):
             raise PlanError("the plan's weights are not all finite: calibrate again")
         if self.compensation is not None and (
             self.compensation.ndim != 4
@@ -240,7 +245,7 @@ class Plan:
         cls, fingerprint: str, timesteps: tuple[float, ...] = (), streams: tuple[str, ...] = ("0",), **known: Any
     ) -> "Plan":
         """Returns a plan that leaves it to the option `cache` what is computed; `known` as of the class."""
-        compute = np.zeros((len(timesteps), 0), dtype=np.bool_)
+        compute = np.zeros((len(streams), len(timesteps), 0), dtype=np.bool_)
         weights = np.zeros((len(streams), len(timesteps), 0, 1), dtype=np.float32)
         return cls(fingerprint, "output", (), timesteps, compute, weights, streams, **known)
 
@@ -273,9 +278,9 @@ class Plan:
             )
         return step
 
-    def weights_of(self, stream: str, step: int) -> NDArray[np.float32]:
-        """Returns the weights (R, depth) of a step; a stream the plan does not know takes those of the first."""
-        return self.weights[self.streams.index(stream) if stream in self.streams else 0, step]
+    def index_of(self, stream: str) -> int:
+        """Returns the number of a stream; one that the plan does not know does as the first."""
+        return self.streams.index(stream) if stream in self.streams else 0
 
     def fits(self, level: str, depth: int) -> bool:
         """Whether a graph compiled for this level and depth can be steered by the schedule."""
@@ -327,6 +332,8 @@ class Plan:
             arrays["windows"] = heads.windows.astype(np.float32)
         if self.compensation is not None:
             arrays["compensation"] = self.compensation.astype(np.float32)
+        if self.across is not None:
+            arrays["across"] = self.across.astype(np.float32)
         if known := self.quantization:
             header["quantization"] = {
                 "recipe": known.recipe,
@@ -384,6 +391,7 @@ class Plan:
             HeadPlan(tuple(header.attention.layers), arrays["windows"], header.attention.order)
             if header.attention
             else None,
+            arrays.get("across"),
         )
 
 

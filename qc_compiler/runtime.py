@@ -63,6 +63,8 @@ class StreamState:
     Attributes:
         steps: What was decided and measured, with the statistics still on the device until they are read.
         history: For each region its computed steps, newest first: (coordinate, tensors of its slots).
+        latest: What it last predicted, computed or not; empty where no plan mixes streams.
+        beside: What the stream called before had predicted when this one's output was computed, newest first.
         kept: For each layer that keeps attention heads their last outputs, None before the first.
         rows: Of `modes` when they were kept: which head stands where.
         layout: Shapes, dtypes and devices of what its slots hold.
@@ -72,6 +74,8 @@ class StreamState:
 
     steps: list["_PendingStep"] = field(default_factory=list)
     history: list[deque[tuple[float, list[Tensor]]]] = field(default_factory=list)
+    latest: list[Tensor] = field(default_factory=list)
+    beside: deque[list[Tensor]] = field(default_factory=deque)
     kept: list[Tensor | None] = field(default_factory=list)
     rows: NDArray[np.int32] | None = None
     layout: Any = None
@@ -81,6 +85,8 @@ class StreamState:
     def clear_slots(self) -> None:
         for slots in self.history:
             slots.clear()
+        self.latest = []
+        self.beside.clear()
         self.kept = [None] * len(self.kept)
 
 
@@ -282,18 +288,25 @@ class GuardedGraph:
             state.clear_slots()
         index = position.step
         coordinate = float(index) if timestep is None else timestep
-        compute, weights = self._decide(state, position, coordinate, inputs)
+        before = self._before(key, position)
+        compute, weights, across = self._decide(state, position, coordinate, inputs, before)
         precision, correction = None, self._compensation(position, coordinate)
         if self.output_region is not None and not compute[self.output_region]:
             compute = np.zeros_like(compute)
-            results = self._extrapolate_output(state, weights, correction)
+            predicted = self._extrapolate_output(state, weights, across, before)
+            results = self._corrected(predicted, correction)
             heads, made = None, _Made([], [], [], 0.0)
         else:
             precision = self._precision(state, position, coordinate)
             heads = self._modes(state, position, coordinate, inputs)
             results, made = self._run(inputs, state, compute, weights, heads, precision, correction)
+            predicted = made.slots[self.output_region] if self.output_region is not None else []
         modes = None if heads is None else heads[0]
         self._commit(key, position, state, timestep, coordinate, compute, precision, modes, made)
+        if across is not None:
+            if compute.any():
+                state.beside.appendleft(before)
+            state.latest = predicted
         state.sample, state.weights_version, state.layout = sample, version, layout
         runtime.host_ms.append((time.perf_counter() - start - made.seconds) * 1e3)
         if runtime.pilot is not None:
@@ -345,7 +358,23 @@ class GuardedGraph:
         if not position.is_new and position.turn < len(streams):
             return streams[position.turn]
         depth = self.interface.depth
-        return StreamState(history=[deque(maxlen=depth) for _ in self.names], kept=[None] * len(self._keeping))
+        history: list[deque[Any]] = [deque(maxlen=depth) for _ in self.names]
+        return StreamState(history=history, beside=deque(maxlen=depth), kept=[None] * len(self._keeping))
+
+    def _before(self, key: Any, position: Position) -> list[Tensor]:
+        """Returns what the call before this one predicted, if it was another stream's; else []."""
+        plan, turn, streams = self.runtime.options.plan, position.turn, position.trajectory.streams
+        if position.trajectory.name is None:
+            other = streams[turn - 1] if turn or len(streams) > 1 else None
+        elif plan is not None and len(plan.streams) > 1 and position.stream in plan.streams:
+            turn = plan.streams.index(position.stream)
+            named = self.runtime.current((plan.streams[turn - 1], *key[1:]))
+            other = named.streams[0] if named else None
+        else:
+            other = None
+        if other is None or other.steps[-1].index != position.step - (0 if turn else 1):
+            return []
+        return other.latest
 
     def _parameters_version(self, inputs: Sequence[Any]) -> int:
         return version_of([inputs[i] for i in self.parameters])
@@ -353,34 +382,37 @@ class GuardedGraph:
     # -- what to compute? --------------------------------------------------------------------------------------
 
     def _decide(
-        self, state: StreamState, position: Position, coordinate: float, inputs: Sequence[Any]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Returns bool (R,) and float32 (R, depth)."""
+        self, state: StreamState, position: Position, coordinate: float, inputs: Sequence[Any], before: list[Tensor]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32] | None]:
+        """Returns bool (R,), float32 (R, depth), and float32 (1 + depth,) if the plan mixes streams."""
         self._drop_bad_slots(state)
         options, pilot = self.runtime.options, self.runtime.pilot
-        decided = pilot.decide(self, position, state, inputs) if pilot is not None else None
+        decided = pilot.decide(self, position, state, inputs, before) if pilot is not None else None
         if decided is None:
             decided = self._by_plan(options.plan, position, coordinate) if options.plan and options.scheduled else None
         if decided is None:
             decided = self._by_rule(controller(options), state, position, coordinate)
-        compute, weights = decided[0].copy(), decided[1]
+        compute, weights, across = decided[0].copy(), decided[1], decided[2]
+        if across is not None and _missing(across, [before, *state.beside]):
+            compute[:] = True
         compute |= [len(slots) < max(1, _needed(row)) for slots, row in zip(state.history, weights)]
         compute = _agree(compute, options.process_group)
         if self.output_region is not None and not compute[self.output_region]:
             compute[:] = False  # nothing runs at all
-        return compute, weights
+        return compute, weights, across
 
     def _by_plan(
         self, plan: Plan, position: Position, coordinate: float
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        step = self._step_of(plan, position, coordinate)
-        compute, weights = plan.compute[step], plan.weights_of(position.stream, step)
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32] | None]:
+        at = plan.index_of(position.stream), self._step_of(plan, position, coordinate)
+        compute, weights = plan.compute[at], plan.weights[at]
+        across = None if plan.across is None else plan.across[at]
         if len(compute) == len(self.names):
-            return compute, weights
+            return compute, weights, across
         everywhere = np.full(len(self.names), compute[0])  # a schedule of the output alone: blocks follow it
         padded = np.zeros((len(self.names), weights.shape[1]), dtype=np.float32)
         padded[:1] = weights
-        return everywhere, padded
+        return everywhere, padded, across
 
     def _step_of(self, plan: Plan, position: Position, coordinate: float) -> int:
         step = plan.step_of(coordinate) if self.clock is not None else position.step
@@ -390,7 +422,7 @@ class GuardedGraph:
 
     def _by_rule(
         self, rule: Controller, state: StreamState, position: Position, coordinate: float
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], None]:
         steps = [step.resolve() for step in state.steps]
         if self.runtime.options.level.endswith("group"):
             steps = [_tied(step, self._groups) for step in steps]
@@ -403,7 +435,7 @@ class GuardedGraph:
         for row, slots in zip(weights, state.history):
             known = [at for at, _ in slots]
             row[: len(known)] = polynomial_weights(known, coordinate)
-        return compute, weights
+        return compute, weights, None
 
     def _precision(self, state: StreamState, position: Position, coordinate: float) -> NDArray[np.int_] | None:
         """Returns int (S,), which of its precisions each site takes; None where there is no choice."""
@@ -422,7 +454,8 @@ class GuardedGraph:
         if options.plan is None or not options.scheduled:
             return np.full(len(self.names), options.cache != "off")
         following = self._step_of(options.plan, position, coordinate) + 1
-        reused = ~options.plan.compute[following] if following < options.plan.num_steps else np.zeros(1, dtype=np.bool_)
+        computed = options.plan.compute[options.plan.index_of(position.stream)]
+        reused = ~computed[following] if following < len(computed) else np.zeros(1, dtype=np.bool_)
         return reused if len(reused) == len(self.names) else np.full(len(self.names), reused[0])
 
     def _floor(self, precision: NDArray[np.int_] | None) -> NDArray[np.float32] | None:
@@ -458,7 +491,7 @@ class GuardedGraph:
         present = iter([kept is not None for kept in state.kept])
         filled = [layer.num_kept > 0 and next(present) for layer in layers]
         tokens = [self._size(layer.shape[2], inputs) for layer in layers]
-        stream = plan.streams.index(position.stream) if position.stream in plan.streams else 0
+        stream = plan.index_of(position.stream)
         step = self._step_of(plan, position, coordinate) if plan.attention.layers else 0
         return heads.modes(stream, step, filled, tokens, asks=self.runtime.pilot is not None)
 
@@ -469,8 +502,7 @@ class GuardedGraph:
             return None
         if self.runtime.pilot is not None:
             return None
-        stream = plan.streams.index(position.stream) if position.stream in plan.streams else 0
-        return plan.compensation[stream, self._step_of(plan, position, coordinate)]
+        return plan.compensation[plan.index_of(position.stream), self._step_of(plan, position, coordinate)]
 
     def _speaks_for(self, block: str) -> int:
         """Returns the region whose statistics speak for a block: the block itself, or its first sub-layer."""
@@ -544,17 +576,25 @@ class GuardedGraph:
         return tuple(results), _Made(rows, fresh, kept_heads, seconds)
 
     def _extrapolate_output(
-        self, state: StreamState, weights: NDArray[np.float32], correction: NDArray[np.float32] | None
-    ) -> tuple[Tensor, ...]:
-        r = self.output_region
-        assert r is not None
-        history = [tensors for _, tensors in state.history[r]]
+        self, state: StreamState, weights: NDArray[np.float32], across: NDArray[np.float32] | None, before: list[Tensor]
+    ) -> list[Tensor]:
+        """Returns Σⱼ wⱼ·sⱼ over this stream's last outputs, and over the stream before where a plan mixes them."""
+        assert self.output_region is not None
+        known = [tensors for _, tensors in state.history[self.output_region]]
+        terms = [(float(w), tensors) for w, tensors in zip(weights[self.output_region], known)]
+        if across is not None:
+            terms += [(float(w), tensors) for w, tensors in zip(across, [before, *state.beside]) if w]
         results = []
-        for k, newest in enumerate(history[0]):
-            total = float(weights[r, 0]) * newest
-            for age in range(1, len(history)):
-                total = total.add(history[age][k], alpha=float(weights[r, age]))
+        for k in range(len(known[0])):
+            total = terms[0][0] * terms[0][1][k]
+            for weight, tensors in terms[1:]:
+                total = total.add(tensors[k], alpha=weight)
             results.append(total)
+        return results
+
+    def _corrected(self, predicted: list[Tensor], correction: NDArray[np.float32] | None) -> tuple[Tensor, ...]:
+        """Returns copies, which the caller may write to, with the correction of the first."""
+        results = [tensor.clone() for tensor in predicted]
         if correction is not None:
             results[0] = compensate(results[0], torch.from_numpy(correction).to(results[0].device))
         return tuple(results)
@@ -660,6 +700,11 @@ def _needed(weights: NDArray[np.float32]) -> int:
     """Returns how many earlier residuals a row of weights reads."""
     used = np.flatnonzero(weights)
     return int(used[-1]) + 1 if used.size else 0
+
+
+def _missing(weights: NDArray[np.float32], known: Sequence[list[Tensor]]) -> bool:
+    """Whether a row of weights reads what is not known."""
+    return any(w != 0 and (i >= len(known) or not known[i]) for i, w in enumerate(weights))
 
 
 def _tied(step: Step, groups: NDArray[np.int_]) -> Step:

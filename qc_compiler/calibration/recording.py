@@ -1,10 +1,12 @@
 """Looks over the runtime's shoulder: what went into a model and came out of it at every step of a trajectory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import OptionError, QuantCacheError
@@ -51,23 +53,51 @@ class Recording:
         stacks = [torch.stack(outputs).double() for outputs in self.outputs.values()]
         return sum((stack @ stack.T for stack in stacks), torch.zeros(()))
 
-    def feedback(self, step: int) -> float:
-        """Returns how much of the sample's deviation the next prediction can take back: a / b of the sampler's step
+    def sampler_step(self, step: int) -> tuple[float, NDArray[np.float64]]:
+        """Returns a and b (S,) of the sampler's step
 
-            x_{i+1} = a·x_i + Σ_streams b_s·v_i + Σ_streams c_s·v_{i−1},      b = Σ b_s
+            x_{i+1} = a·x_i + Σ_streams b_s·v_i + Σ_streams c_s·v_{i−1}
 
-        fitted to the recorded trajectory. 0 where the step is not of that form (a stochastic sampler) or is the last.
+        fitted to the recorded trajectory. Zeros where it is not of that form (a stochastic sampler) or is the last.
         """
+        unknown = 0.0, np.zeros(len(self.outputs))
         if step + 1 >= self.num_steps:
-            return 0.0
+            return unknown
         previous = [outputs[step - 1] for outputs in self.outputs.values()] if step else []
         first = next(iter(self.inputs.values()))
         columns = [first[step], *(outputs[step] for outputs in self.outputs.values()), *previous]
         basis, target = torch.stack(columns, dim=1).double(), first[step + 1].double()
         solution = torch.linalg.lstsq(basis, target[:, None], driver="gelsd").solution[:, 0]
-        residual = (basis @ solution - target).norm() / target.norm()
-        b = float(solution[1 : 1 + len(self.outputs)].sum())
-        return float(solution[0]) / b if residual < 0.01 and abs(b) > 1e-6 else 0.0
+        b = solution[1 : 1 + len(self.outputs)].numpy()
+        if (basis @ solution - target).norm() / target.norm() > 0.01 or abs(b.sum()) < 1e-6:
+            return unknown
+        return float(solution[0]), b
+
+    def wanted(self, stream: int, step: int, sample: Tensor, earlier: Sequence[Tensor], gain: float) -> Tensor:
+        """Returns what a stream should predict at a step for the sample to return to its recorded path,
+
+            v*_s = v_s + f + Σ_{q<s} b_q/b_s·(v_q + f − v̂_q),      f = g·(a/Σb)·(x_i − x̂_i)
+
+        so that the last stream makes up for what those before it missed.
+
+        Args:
+            stream: s.
+            step: i.
+            sample: x̂_i, flat: where the sample is.
+            earlier: v̂_q, flat: what the streams before this one predicted at this step.
+            gain: g, how much of the deviation is taken back at once.
+        """
+        recorded = list(self.outputs.values())
+        wanted = recorded[stream][step].double()
+        a, b = self.sampler_step(step)
+        if not b.any():
+            return wanted
+        feedback = gain * a / b.sum() * (list(self.inputs.values())[stream][step] - sample)
+        wanted = wanted + feedback
+        if abs(b[stream]) > 1e-3 * abs(b).max():
+            for q, predicted in enumerate(earlier):
+                wanted = wanted + b[q] / b[stream] * (recorded[q][step] + feedback - predicted)
+        return wanted
 
 
 def flat(value: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
-"""The calibrated schedule: which steps to compute for a given share of the work, and how to fill in the others.
+"""The calibrated schedule: which steps each stream computes for a given share of the work, and how to fill in the rest.
 
-    1. One full trajectory is recorded: samples x_i and predictions v_i.
+    1. One full trajectory is recorded: samples x_i and predictions v_i of each stream.
     2. Dynamic programming over the steps: the cost of skipping i after computing c₀ > c₁ > c₂ is
            min_w ‖Σⱼ wⱼ·v_{cⱼ} − v_i‖²,        read from the Gram matrix of the predictions
     3. Closed loop: the schedule is run, and the weights of each skipped step are fitted to what the model should have
-       predicted *there*, on the trajectory that the skips before produced, so that the sample returns to its path:
-           v*_i = v_i + g·(a/b)·(x_i − x̂_i)      with a, b of the sampler's step (`Recording.feedback`)
-
-       The gain g is measured too: 1 returns at once, which overshoots where guidance amplifies what two streams miss.
-    4. The best of a few such lists of steps and of evenly spaced ones is taken, and single computed steps
-       are moved while the measured error of the result falls.
-    5. Partial computation: a computed step is given up for two steps that compute half of the blocks and extrapolate
+       predicted *there*, on the trajectory that the skips before produced, so that the sample returns to its path
+       (`Recording.wanted`). The gain of that feedback is measured too: 1 returns at once, which overshoots where
+       guidance amplifies what two streams miss.
+    4. Streams need not be computed at the same steps. Where one is reused, what the stream called before it predicts
+       now, and what that predicted when this one was last computed, stand beside its own last predictions: that makes
+       v_uncond ≈ v_cond − (v_cond − v_uncond)ⱼ possible, and the difference changes slowly.
+    5. The best of such lists of steps, of evenly spaced ones and of uneven shares for the streams is taken; then single
+       computed steps are moved, or given from one stream to another, while the measured error of the result falls.
+    6. Partial computation: a computed step is given up for two steps that compute half of the blocks and extrapolate
        the others, where that lowers the measured error. If it never does, the plan guards the output alone.
 
 Sources: ours. A skipped step's prediction as a linear combination of earlier ones is a multistep solver whose
@@ -18,8 +20,9 @@ coefficients are fitted to this model instead of to polynomials (compare DPM-Sol
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,12 @@ from .recording import Recording, flat, run_steered
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
 GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
+COMPUTE_ALL: dict[str, Any] = {"cache": "static", "interval": 1, "cache_order": DEPTH - 1, "strict": True}
+PARTS = (0.6, 0.7)  # of the work of all streams that one of them may get
 RIDGE = 1e-5  # relative; keeps the fitted weights near polynomial extrapolation where the data does not decide
+
+Schedule = tuple[tuple[int, tuple[int, ...]], ...]  # (step, its computed blocks); no blocks means all of them
+Schedules = tuple[Schedule, ...]  # one for each stream
 
 
 def find_schedule(
@@ -55,62 +63,95 @@ def find_schedule(
     """Returns a plan with the best schedule found; see `qc_compiler.calibration.calibrate`."""
     if not 0 < share <= 1:
         raise OptionError(f"share={share}: expected a part of the work in (0, 1]")
-    module = getattr(model, "_orig_mod", model)
-    options: dict[str, Any] = {
-        "cache": "static",
-        "interval": 1,
-        "level": level,
-        "cache_order": DEPTH - 1,
-        "strict": True,
-    }
-    compiled = torch.compile(module, backend=backend, options=options)
+    num_candidates = max(12, round(budget / share))
     with Progress(disable=not progress, transient=True) as bar:
-        num_candidates = max(12, round(budget / share))
         task = bar.add_task("compiling and recording", total=num_candidates + 1)
-
-        def step(description: str) -> None:
-            bar.update(task, advance=1, description=description)
-
+        compiled = torch.compile(
+            getattr(model, "_orig_mod", model), backend=backend, options=COMPUTE_ALL | {"level": level}
+        )
         recording = Recording()
         reference = run_steered(compiled, generate, recording)
+        search = ScheduleSearch(
+            compiled, generate, recording, reference, level, lambda text: bar.update(task, advance=1, description=text)
+        )
+        return search.find(max(2, round(share * recording.num_steps)), num_candidates)
+
+
+class ScheduleSearch:
+    """Finds schedules for one model.
+
+    Args:
+        compiled: The model; whatever else is done to it, the schedule has to live with.
+        generate: As of `calibrate`.
+        recording: Of the model as it should be.
+        reference: Its samples, flat.
+        level: As of `calibrate`.
+        tell: Is told after each run how it went.
+    """
+
+    def __init__(
+        self,
+        compiled: Any,
+        generate: Callable[[Any], Any],
+        recording: Recording,
+        reference: Tensor,
+        level: str = "output",
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         if recording.num_steps < 3:
             raise QuantCacheError(f"generate(model) took {recording.num_steps} steps of the model: expected 3 or more")
-        count = max(2, round(share * recording.num_steps))
-        gram = recording.gram().numpy()
+        self.compiled, self.generate, self.recording, self.reference = compiled, generate, recording, reference
+        self.level, self.tell = level, tell
+        self.gain = GAINS[0]
+        self._measured: dict[tuple[Schedules, float], tuple[float, ClosedLoop]] = {}
 
-        regions = runtime_of(compiled).interface.regions  # type: ignore[union-attr]
-
-        @functools.cache
-        def measure(schedule: Schedule, gain: float) -> tuple[float, "_ClosedLoop"]:
-            loop = _ClosedLoop(recording, schedule, len(regions), gain)
-            error = _relative(run_steered(compiled, generate, loop), reference)
-            step(f"{count} of {recording.num_steps} steps: last error {error:.1e}")
-            return error, loop
-
-        def best_of(*schedules: Schedule) -> Schedule:
-            return min(schedules, key=lambda schedule: measure(schedule, gain)[0])
-
-        def search(best: Schedule, candidates: Callable[[Schedule], Iterator[Schedule]], count: int) -> Schedule:
-            tried = {best}
-            for _ in range(count):
-                if (candidate := next((c for c in candidates(best) if c not in tried), None)) is None:
-                    break
-                tried.add(candidate)
-                best = best_of(best, candidate)
-            return best
-
-        step("recorded")
-        first = starts(gram, count)
-        gain = GAINS[0]
-        best = best_of(*map(whole_steps, first))
-        gain = min(GAINS, key=lambda gain: measure(best, gain)[0])
-        rest = num_candidates - len(first) - len(GAINS) + 1
+    def find(self, count: int, num_candidates: int) -> Plan:
+        """Returns the best plan that spends as much as `count` steps of every stream, of about `num_candidates`."""
+        num_streams, num_steps = len(self.recording.outputs), self.recording.num_steps
+        regions = self._runtime.interface.regions  # type: ignore[union-attr]
+        first = [(whole_steps(steps),) * num_streams for steps in starts(self.recording.gram().numpy(), count)]
+        best = self._best(first)
+        shares = uneven([step for step, _ in best[0]], count, num_steps, num_streams)
+        best = self._best([best, *shares])
+        self.gain = min(GAINS, key=lambda gain: self.measure(best, gain)[0])
+        rest = num_candidates - len(first) - len(shares) - len(GAINS) + 1
         partial = rest // 3 if len(regions) > 1 else 0
-        best = search(best, lambda now: moves(now, recording.num_steps), rest - partial)
-        best = search(best, lambda now: exchanges(now, recording.num_steps, regions), partial)
-        error, loop = measure(best, gain)
-    share = computed_share(regions, [loop.compute])
-    return loop.plan(runtime_of(compiled), level, {"share": share, "error": error})
+        best = self._improve(best, lambda now: moves(now, num_steps), rest - partial)
+        best = self._improve(best, lambda now: exchanges(now, num_steps, regions), partial)
+        return self.plan(best)
+
+    def plan(self, schedules: Schedules) -> Plan:
+        """Returns the plan of these schedules."""
+        error, loop = self.measure(schedules, self.gain)
+        share = computed_share(self._runtime.interface.regions, list(loop.compute))  # type: ignore[union-attr]
+        return loop.plan(self._runtime, self.level, {"share": share, "error": error})
+
+    def measure(self, schedules: Schedules, gain: float) -> tuple[float, "ClosedLoop"]:
+        """Returns the relative error of the samples, and the run with its fitted weights."""
+        if (schedules, gain) not in self._measured:
+            loop = ClosedLoop(self.recording, schedules, len(self._runtime.interface.regions), gain)  # type: ignore[union-attr]
+            error = _relative(run_steered(self.compiled, self.generate, loop), self.reference)
+            self._measured[schedules, gain] = error, loop
+            self.tell(f"{loop.compute[..., 0].mean():.0%} of the steps: last error {error:.1e}")
+        return self._measured[schedules, gain]
+
+    @property
+    def _runtime(self) -> Runtime:
+        return runtime_of(self.compiled)
+
+    def _best(self, candidates: Sequence[Schedules]) -> Schedules:
+        return min(candidates, key=lambda schedules: self.measure(schedules, self.gain)[0])
+
+    def _improve(
+        self, best: Schedules, candidates: Callable[[Schedules], Iterator[Schedules]], count: int
+    ) -> Schedules:
+        tried = {best}
+        for _ in range(count):
+            if (candidate := next((c for c in candidates(best) if c not in tried), None)) is None:
+                break
+            tried.add(candidate)
+            best = self._best([best, candidate])
+        return best
 
 
 def starts(gram: NDArray[np.float64], count: int) -> list[tuple[int, ...]]:
@@ -171,92 +212,147 @@ def residual(gram: NDArray[np.float64], known: Sequence[int], step: int) -> floa
     return max(float(gram[step, step] - 2 * weights @ cross + weights @ square @ weights), 0.0)
 
 
-Schedule = tuple[tuple[int, tuple[int, ...]], ...]  # (step, its computed blocks); no blocks means all of them
-
-
-def whole_steps(computed: Sequence[int]) -> Schedule:
+def whole_steps(computed: Iterable[int]) -> Schedule:
     return tuple((step, ()) for step in sorted(computed))
 
 
-def moves(schedule: Schedule, num_steps: int) -> Iterator[Schedule]:
-    """Yields schedules with one computed step moved by up to three, in a fixed random order."""
-    steps = [step for step, _ in schedule]
-    order = np.random.default_rng(0).permutation(
-        [(i, by) for i in range(1, len(steps)) for by in (-3, -2, -1, 1, 2, 3)]
-    )
-    for i, by in order:
-        moved = {*steps[:i], steps[i] + int(by), *steps[i + 1 :]}
-        if len(moved) == len(steps) and 0 < steps[i] + by < num_steps:
-            yield whole_steps(sorted(moved))
+def uneven(steps: Sequence[int], count: int, num_steps: int, num_streams: int) -> list[Schedules]:
+    """Returns schedules that spend as much as `count` steps of every stream, most of it on one of them.
+
+    Args:
+        steps: Good ones to compute for all streams, whose spacing is kept.
+        count: How many there are.
+        num_steps: N.
+        num_streams: S.
+    """
+    found: dict[Schedules, None] = {}
+    for part in PARTS if num_streams > 1 else ():
+        most = min(round(part * count * num_streams), num_steps)
+        least = (count * num_streams - most) // (num_streams - 1)
+        if least >= 2:
+            dense, sparse = (whole_steps(_respaced(steps, n)) for n in (most, least))
+            for rich in (0, num_streams - 1):
+                found[tuple(dense if stream == rich else sparse for stream in range(num_streams))] = None
+    return list(found)
 
 
-def exchanges(schedule: Schedule, num_steps: int, regions: Sequence[RegionSpec]) -> Iterator[Schedule]:
+def _respaced(steps: Sequence[int], count: int) -> set[int]:
+    """Returns about `count` steps with the spacing of `steps`; fewer where two fall together."""
+    places = np.linspace(0, len(steps) - 1, count)
+    return {round(step) for step in np.interp(places, np.arange(len(steps)), steps)}
+
+
+def moves(schedules: Schedules, num_steps: int) -> Iterator[Schedules]:
+    """Yields schedules with one computed step moved by up to three or given to another stream, in a fixed random order.
+
+    Steps that all streams compute are also moved in all of them at once.
+    """
+    computed = [[step for step, _ in schedule] for schedule in schedules]
+    streams = range(len(schedules))
+    shared = sorted(set.intersection(*map(set, computed))) if len(schedules) > 1 else []
+    shifts = [(who, at, by) for who in streams for at in computed[who] for by in (-3, -2, -1, 1, 2, 3)]
+    shifts += [(-1, at, by) for at in shared for by in (-2, -1, 1, 2)]
+    pairs = list(itertools.permutations(streams, 2))
+    free = [[step for step in range(num_steps) if step not in steps] for steps in computed]
+    gifts = [(who, at, whom, to) for who, whom in pairs for at in computed[who] for to in free[whom]]
+    rng = np.random.default_rng(0)
+    proposals: list[tuple[int, ...]] = [*shifts, *gifts]
+    odds = np.array([1 / len(shifts)] * len(shifts) + [1 / max(1, len(gifts))] * len(gifts))
+    for index in rng.choice(len(proposals), len(proposals), replace=False, p=odds / odds.sum()):
+        moved = [set(steps) for steps in computed]
+        who, at, *target = proposals[index]
+        for stream in streams if who < 0 else [who]:
+            moved[stream].remove(at)
+            if len(target) == 1:
+                moved[stream].add(at + target[0])
+        if len(target) == 2:
+            moved[target[0]].add(target[1])
+        sizes = [sum(map(len, steps)) for steps in (moved, computed)]
+        if sizes[0] == sizes[1] and all(0 in steps and max(steps) < num_steps for steps in moved):
+            yield tuple(map(whole_steps, moved))
+
+
+def exchanges(schedules: Schedules, num_steps: int, regions: Sequence[RegionSpec]) -> Iterator[Schedules]:
     """Yields schedules in which one whole step gave way to two, before and behind it, of half of the blocks each.
 
-    The half is the first, the last, or every second block (which are the spatial ones of many video models).
+    The half is the first, the last, or every second block (which are the spatial ones of many video models). All
+    streams that compute the step whole take part.
     """
     blocks = range(1, len(regions))
     middle = len(blocks) // 2
     halves = (tuple(blocks[middle:]), tuple(blocks[:middle]), tuple(blocks[::2]), tuple(blocks[1::2]))
-    steps = {step for step, _ in schedule}
     rng = np.random.default_rng(1)
-    for index in rng.permutation(np.arange(1, len(schedule))):
-        step = schedule[index][0]
-        free = [s for s in range(1, num_steps) if s not in steps]
-        before, behind = ([s for s in free if s < step][-1:], [s for s in free if s > step][:1])
-        if before and behind:
-            half = halves[int(rng.integers(len(halves)))]
-            kept = [entry for entry in schedule if entry[0] != step]
-            yield tuple(sorted([*kept, (before[0], half), (behind[0], half)]))
+    for step in rng.permutation(sorted({step for schedule in schedules for step, _ in schedule if step})):
+        half = halves[int(rng.integers(len(halves)))]
+        exchanged = []
+        for schedule in schedules:
+            steps = {at for at, _ in schedule}
+            free = [s for s in range(1, num_steps) if s not in steps]
+            before, behind = ([s for s in free if s < step][-1:], [s for s in free if s > step][:1])
+            if (step, ()) in schedule and before and behind:
+                kept = [entry for entry in schedule if entry[0] != step]
+                schedule = tuple(sorted([*kept, (before[0], half), (behind[0], half)]))
+            exchanged.append(schedule)
+        if tuple(exchanged) != schedules:
+            yield tuple(exchanged)
 
 
-class _ClosedLoop:
-    """Steers a run by a schedule and fits the weights of its skipped steps on the way."""
+class ClosedLoop:
+    """Steers a run by schedules and fits the weights of their skipped steps on the way."""
 
-    def __init__(self, recording: Recording, schedule: Schedule, num_regions: int, gain: float) -> None:
+    def __init__(self, recording: Recording, schedules: Schedules, num_regions: int, gain: float) -> None:
         self.recording, self.gain = recording, gain
         self.streams, steps = tuple(recording.outputs), recording.num_steps
-        self.compute = np.zeros((steps, num_regions), dtype=np.bool_)
-        for step, blocks in schedule:
-            self.compute[step, [0, *(blocks or range(1, num_regions))]] = True
-        self.weights = np.zeros((len(self.streams), steps, num_regions, DEPTH), dtype=np.float32)
+        self.compute = np.zeros((len(self.streams), steps, num_regions), dtype=np.bool_)
+        for computed, schedule in zip(self.compute, schedules):
+            for step, blocks in schedule:
+                computed[step, [0, *(blocks or range(1, num_regions))]] = True
+        self.weights = np.zeros((*self.compute.shape, DEPTH), dtype=np.float32)
+        self.across = np.zeros((*self.compute.shape[:2], 1 + DEPTH), dtype=np.float32)
+        self._predicted: list[Tensor] = []  # by the streams of the step before this one
 
     def decide(
-        self, graph: GuardedGraph, position: Position, state: StreamState, inputs: Sequence[Any]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]] | None:
+        self, graph: GuardedGraph, position: Position, state: StreamState, inputs: Sequence[Any], before: list[Tensor]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32] | None]:
         step, stream, history = position.step, position.stream, list(state.history[0])
-        if step >= len(self.compute) or stream not in self.streams:
+        if step >= self.recording.num_steps or stream not in self.streams:
             raise QuantCacheError("generate(model) did not repeat the steps of its first run: fix its seed and steps")
-        weights = self.weights[self.streams.index(stream), step]
-        if not self.compute[step, 0] and history:
+        at = self.streams.index(stream), step
+        compute, weights, across = self.compute[at], self.weights[at], self.across[at]
+        self._predicted = self._predicted[: at[0]]
+        if not compute[0] and history:
             assert graph.latent is not None
-            deviation = self.recording.inputs[stream][step] - flat(inputs[graph.latent])
-            wanted = self.recording.outputs[stream][step] + self.gain * self.recording.feedback(step) * deviation
-            basis = torch.stack([flat(tensors[0]) for _, tensors in history]).double()
+            sample = flat(inputs[graph.latent])
+            wanted = self.recording.wanted(at[0], step, sample, self._predicted, self.gain)
+            mixed = list(itertools.takewhile(bool, [before, *state.beside]))
+            basis = torch.stack([flat(tensors[0]) for _, tensors in history] + [flat(tensors[0]) for tensors in mixed])
             prior = polynomial_weights([c for c, _ in history[:2]], self.recording.timesteps[step])
-            weights[0, : len(history)] = _fit(basis, wanted.double(), prior)
-        elif self.compute[step, 0]:
-            for region in np.flatnonzero(~self.compute[step]):
+            fitted = _fit(basis.double(), wanted, prior)
+            weights[0, : len(history)], across[: len(mixed)] = np.split(fitted, [len(history)])
+        elif compute[0]:
+            for region in np.flatnonzero(~compute):
                 known = [at for at, _ in state.history[region]][:2]
                 weights[region, : len(known)] = polynomial_weights(known, self.recording.timesteps[step])
-        return self.compute[step], weights
+        return compute, weights, across if len(self.streams) > 1 else None
 
-    def observe(self, *args: Any) -> Any:
-        return args[-1]
+    def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
+        self._predicted.append(flat(results[0]))
+        return results
 
     def plan(self, runtime: Runtime, level: str, measured: dict[str, float]) -> Plan:
         names = tuple(region.name for region in runtime.interface.regions)  # type: ignore[union-attr]
-        partial = (self.compute[:, 1:] != self.compute[:, :1]).any()
+        partial = (self.compute[..., 1:] != self.compute[..., :1]).any()
         used = len(names) if partial else 1
         return Plan(
             runtime.fingerprint,
             level if partial else "output",
             names[:used],
             tuple(self.recording.timesteps),
-            self.compute[:, :used],
+            self.compute[..., :used],
             self.weights[:, :, :used],
             self.streams,
             measured,
+            across=self.across if self.across.any() else None,
         )
 
 

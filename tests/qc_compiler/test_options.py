@@ -15,7 +15,7 @@ from qc_compiler.plan import HeadPlan, Quantization
 def plan(level="block", depth=2, regions=("blocks.0", "blocks.1")):
     count = len(regions)
     return Plan(
-        "f" * 64, level, regions, (1000.0, 500.0), np.ones((2, count), bool), np.ones((1, 2, count, depth), "f4")
+        "f" * 64, level, regions, (1000.0, 500.0), np.ones((1, 2, count), bool), np.ones((1, 2, count, depth), "f4")
     )
 
 

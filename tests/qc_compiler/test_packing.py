@@ -338,7 +338,7 @@ def test_mistakes_are_named():
     with pytest.raises(OptionError, match=r"pack_\(model, 'dmpq'\): it chooses at every step"):
         qc_compiler.pack_(Wide(), "dmpq")
     with pytest.raises(PlanError, match="the plan says nothing about linears: calibrate"):
-        qc_compiler.pack_(Wide(), Plan("", "output", (), (), np.zeros((0, 0), bool), np.zeros((1, 0, 0, 1), "f4")))
+        qc_compiler.pack_(Wide(), Plan("", "output", (), (), np.zeros((1, 0, 0), bool), np.zeros((1, 0, 0, 1), "f4")))
     with pytest.raises(QuantCacheError, match="is packed already"):
         qc_compiler.pack_(qc_compiler.pack_(Wide(), "w8a8"), "nvfp4")
     with pytest.raises(QuantCacheError, match=r"no nn.Linear inside an nn.ModuleList"):

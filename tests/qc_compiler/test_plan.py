@@ -26,7 +26,7 @@ def make(num_steps=3, num_regions=2, depth=2, streams=("0",), **changes):
         "level": "block",
         "regions": tuple(f"blocks.{i}" for i in range(num_regions)),
         "timesteps": tuple(float(1000 - 100 * i) for i in range(num_steps)),
-        "compute": rng.random((num_steps, num_regions)) < 0.5,
+        "compute": rng.random((len(streams), num_steps, num_regions)) < 0.5,
         "weights": rng.standard_normal((len(streams), num_steps, num_regions, depth)).astype(np.float32),
         "streams": streams,
         "measured": {"share": 0.33, "error": 0.01},
@@ -40,8 +40,10 @@ def assert_equal(a, b):
     for name in ("compute", "weights"):
         x, y = getattr(a, name), getattr(b, name)
         assert same(x, y)
-    assert (a.compensation is None) == (b.compensation is None)
-    assert a.compensation is None or same(a.compensation, b.compensation)
+    for name in ("compensation", "across"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        assert x is None or same(x, y)
     p, q = a.attention, b.attention
     assert (p is None) == (q is None)
     assert p is None or ((p.layers, p.order) == (q.layers, q.order) and same(p.windows, q.windows))
@@ -141,7 +143,7 @@ def plans(draw):
         level=draw(names),
         regions=tuple(draw(st.lists(names, min_size=num_regions, max_size=num_regions))),
         timesteps=tuple(draw(st.lists(finite, min_size=num_steps, max_size=num_steps))),
-        compute=draw(npst.arrays(np.bool_, (num_steps, num_regions))),
+        compute=draw(npst.arrays(np.bool_, (len(streams), num_steps, num_regions))),
         weights=draw(
             npst.arrays(
                 np.float32,
@@ -154,6 +156,7 @@ def plans(draw):
         quantization=draw(st.none() | quantizations()),
         compensation=draw(st.none() | floats(len(streams), num_steps, channels, 2)),
         attention=draw(st.none() | head_plans(len(streams), num_steps)),
+        across=draw(st.none() | floats(len(streams), num_steps, 1 + depth)),
     )
 
 
@@ -245,7 +248,7 @@ def header(**changes):
         "quantization": None,
         "attention": None,
     }
-    arrays = {"compute": np.ones((1, 1), np.uint8), "weights": np.ones((1, 1, 1, 1), np.float32)}
+    arrays = {"compute": np.ones((1, 1, 1), np.uint8), "weights": np.ones((1, 1, 1, 1), np.float32)}
     fields["checksum"] = plan_module._checksum(fields, arrays)
     return arrays, fields | changes
 
@@ -253,8 +256,8 @@ def header(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 1}, "plan version 1, this quantcache reads 3: calibrate again"),
-        ({"version": 9, "a field": "of the future"}, "plan version 9, this quantcache reads 3: calibrate again"),
+        ({"version": 1}, "plan version 1, this quantcache reads 4: calibrate again"),
+        ({"version": 9, "a field": "of the future"}, "plan version 9, this quantcache reads 4: calibrate again"),
         ({"version": "1"}, "the plan's header is invalid: "),
         ({"regions": "a"}, "the plan's header is invalid: "),
         ({"timesteps": ["1"]}, "the plan's header is invalid: "),
@@ -289,7 +292,8 @@ def test_a_tensor_too_many(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"compute": np.ones((2, 2), bool)},
+        {"compute": np.ones((3, 2), bool)},
+        {"compute": np.ones((1, 2, 2), bool)},
         {"weights": np.ones((1, 3, 1, 2), np.float32)},
         {"weights": np.ones((3, 2, 2), np.float32)},
         {"weights": np.ones((2, 3, 2, 1), np.float32)},
@@ -335,11 +339,20 @@ def test_a_timestep_of_another_schedule(timestep):
         make(num_steps=4).step_of(timestep)
 
 
-def test_streams_have_weights_of_their_own_and_unknown_ones_those_of_the_first():
+def test_streams_have_rows_of_their_own_and_unknown_ones_those_of_the_first():
     plan = make(streams=("cond", "uncond"))
-    assert (plan.weights_of("uncond", 1) == plan.weights[1, 1]).all()
-    assert (plan.weights_of("cond", 1) == plan.weights[0, 1]).all()
-    assert (plan.weights_of("7", 2) == plan.weights[0, 2]).all()
+    assert [plan.index_of(stream) for stream in ("cond", "uncond", "7")] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2), (2, 3, 3), (1, 2, 3), (1, 3)])
+def test_what_is_mixed_in_fits_streams_steps_and_depth(shape):
+    with pytest.raises(PlanError, match=r"needs across \(1, 3, 3\), got"):
+        make(across=np.zeros(shape, np.float32))
+
+
+def test_what_is_mixed_in_is_finite():
+    with pytest.raises(PlanError, match="not all finite"):
+        make(across=np.full((1, 3, 3), np.nan, np.float32))
 
 
 def test_sizes():

@@ -299,8 +299,8 @@ def test_a_graph_with_a_probe_can_leave_teacache_and_return():
 
 def plan_for(driver, num_steps=4, **changes):
     names = driver.graph.names
-    compute = np.zeros((num_steps, len(names)), dtype=np.bool_)
-    compute[0] = compute[2, 1:2] = True
+    compute = np.zeros((1, num_steps, len(names)), dtype=np.bool_)
+    compute[0, 0] = compute[0, 2, 1:2] = True
     weights = np.full((1, num_steps, len(names), driver.graph.interface.depth), 0.5, dtype=np.float32)
     fields = {
         "fingerprint": driver.runtime.fingerprint,
@@ -324,7 +324,7 @@ def test_a_plan_decides_by_timestep():
 
 def test_a_step_that_the_plan_skipped_is_computed_where_no_slot_is_filled_yet():
     driver = Driver(**EVERY_SECOND)
-    driver.runtime.configure(plan=plan_for(driver, compute=np.zeros((4, 3), np.bool_)))
+    driver.runtime.configure(plan=plan_for(driver, compute=np.zeros((1, 4, 3), np.bool_)))
     driver(noise(), 1000)
     driver(noise(), 900)
     assert driver.computed() == [True, False]
@@ -332,7 +332,7 @@ def test_a_step_that_the_plan_skipped_is_computed_where_no_slot_is_filled_yet():
 
 def test_a_step_whose_weights_reach_further_back_than_the_slots_is_computed():
     driver = Driver(**EVERY_SECOND, cache_order=1)
-    driver.runtime.configure(plan=plan_for(driver, compute=np.zeros((4, 3), np.bool_)))
+    driver.runtime.configure(plan=plan_for(driver, compute=np.zeros((1, 4, 3), np.bool_)))
     for t in (1000, 900, 800):
         driver(noise(), t)
     assert driver.computed() == [True, True, False]
@@ -439,7 +439,7 @@ def know(driver, known):
 
 def without_schedule(driver, timesteps=(), **changes):
     """Returns a plan that leaves it to the option `cache` what is computed."""
-    none = {"regions": (), "compute": np.zeros((len(timesteps), 0), np.bool_)}
+    none = {"regions": (), "compute": np.zeros((1, len(timesteps), 0), np.bool_)}
     fields = {"timesteps": timesteps, "weights": np.zeros((1, len(timesteps), 0, 1), np.float32)}
     return plan_for(driver, **none | fields | changes)
 
@@ -533,7 +533,7 @@ def output_plan(driver, compute=(1, 0, 1, 0), **changes):
         driver,
         level="output",
         regions=("output",),
-        compute=np.array(compute, np.bool_)[:, None],
+        compute=np.array(compute, np.bool_)[None, :, None],
         weights=np.full((1, 4, 1, 1), 1.0, np.float32),
         **changes,
     )
@@ -551,6 +551,87 @@ def test_a_schedule_of_the_output_steers_a_finer_graph():
     assert torch.equal(outputs[3], outputs[2])
     position = Position(driver.runtime.trajectories[-1], False, 0, 0)
     assert driver.graph._kept(driver.runtime.options, position, 1000.0).tolist() == [True] * 4
+
+
+# -- a plan that mixes streams
+
+BOTH = noise(0), noise(1)
+
+
+def mixing_plan(driver, streams=("0", "1"), compute=((1, 0, 0, 0), (1, 0, 0, 0))):
+    """Its second stream adds what the first predicts now, and takes off what that had predicted."""
+    across = np.zeros((2, 4, 2), np.float32)
+    across[1] = 1.0, -1.0
+    return plan_for(
+        driver,
+        level="output",
+        regions=("output",),
+        compute=np.array(compute, np.bool_)[..., None],
+        weights=np.full((2, 4, 1, 1), 1.0, np.float32),
+        streams=streams,
+        across=across,
+    )
+
+
+def mixed(compute=((1, 1, 0, 0), (1, 0, 0, 0)), streams=("0", "1")):
+    driver = Driver(**EVERY_SECOND | {"level": "output"})
+    driver.runtime.configure(plan=mixing_plan(driver, streams, compute))
+    return driver
+
+
+def test_a_reused_stream_adds_what_the_one_before_it_predicts():
+    driver = mixed()
+    first = [[driver(x, t) for x in BOTH] for t in (1000, 900, 800)]
+    assert driver.computed() == [True, True, True, False, False, False]
+    (cond, uncond), *later = first
+    for now, reused in later:
+        torch.testing.assert_close(reused, uncond + (now - cond))
+    assert not torch.equal(later[0][0], cond)
+
+
+def test_what_a_caller_writes_into_a_prediction_changes_no_later_one():
+    driver, careless = mixed(), mixed()
+    for t in (1000, 900, 800):
+        for x in BOTH:
+            expected, found = driver(x, t), careless(x, t)
+            assert torch.equal(found, expected)
+            found.zero_()
+
+
+def test_a_first_stream_takes_the_last_call_of_the_step_before():
+    driver = mixed(compute=((1, 0, 0, 0), (1, 1, 1, 1)))
+    plan = driver.runtime.options.plan
+    across = np.zeros_like(plan.across)
+    across[0, 1] = 0.5, 0.0
+    driver.runtime.configure(plan=replace(plan, across=across))
+    cond, uncond = (driver(x, 1000) for x in BOTH)
+    torch.testing.assert_close(driver(BOTH[0], 900), cond + 0.5 * uncond)
+
+
+def test_a_stream_is_computed_where_the_other_was_not_called_before_it():
+    driver = mixed(streams=("cond", "uncond"))
+    for name, t in (("cond", 1000), ("uncond", 1000), ("uncond", 900)):
+        with stream(name):
+            driver(noise(), t)
+    assert driver.computed() == [True, True, True]
+
+
+def test_named_streams_are_mixed_alike():
+    expected, driver = mixed(), mixed(streams=("cond", "uncond"))
+    for t in (1000, 900, 800):
+        for name, x in zip(("cond", "uncond"), BOTH):
+            with stream(name):
+                found = driver(x, t)
+            assert torch.equal(found, expected(x, t))
+    assert driver.computed() == expected.computed() == [True, True, True, False, False, False]
+
+
+def test_a_named_stream_alone_is_computed():
+    driver = mixed(streams=("cond", "uncond"))
+    with stream("uncond"):
+        for t in (1000, 900):
+            driver(BOTH[1], t)
+    assert driver.computed() == [True, True]
 
 
 # -- compensation

@@ -54,7 +54,7 @@ def test_changes_below_the_noise_floor_are_counted():
     known = Quantization(
         "w8a8", (), np.zeros(0, np.int8), empty, empty, empty, noise=noises, regions=driver.graph.names
     )
-    none = np.zeros((0, 0), np.bool_), np.zeros((1, 0, 0, 1), np.float32)
+    none = np.zeros((1, 0, 0), np.bool_), np.zeros((1, 0, 0, 1), np.float32)
     driver.runtime.options = replace(driver.runtime.options, quantize="w8a8")
     driver.runtime.reports = [PassRun("lower-linears", Report(changed=1), 0.0)]
     driver.runtime.configure(plan=Plan(driver.runtime.fingerprint, "output", (), (), *none, quantization=known))

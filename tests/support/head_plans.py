@@ -33,9 +33,9 @@ def plan_for(heads: HeadPlan, compute: Any = None, level: str = "block", **known
     timesteps = tuple(1000.0 - 100 * i for i in range(count))
     if compute is None:
         return Plan.without_schedule("", timesteps, streams, attention=heads, **known)
-    rows = np.asarray(compute, dtype=np.bool_)
-    regions = ("output",) if level == "output" else tuple(f"blocks.{i}" for i in range(rows.shape[1]))
-    weights = np.ones((len(streams), *rows.shape, 1), dtype=np.float32)
+    rows = np.stack([np.asarray(compute, dtype=np.bool_)] * len(streams))
+    regions = ("output",) if level == "output" else tuple(f"blocks.{i}" for i in range(rows.shape[2]))
+    weights = np.ones((*rows.shape, 1), dtype=np.float32)
     return Plan("", level, regions, timesteps, rows, weights, streams, attention=heads, **known)
 
 

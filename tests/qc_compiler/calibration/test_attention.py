@@ -212,7 +212,7 @@ def test_a_plan_survives_its_file(model, tmp_path):
 def test_heads_are_chosen_on_the_cached_trajectory(model, recorded):
     plan = calibrated(model, 0.5, share=0.5)
     assert plan.has_schedule
-    computed = np.flatnonzero(plan.compute.any(axis=1))
+    computed = np.flatnonzero(plan.compute[0].any(axis=1))
     assert len(computed) < STEPS
     assert {step for _, step, _ in recorded} == set(computed.tolist())
     skipped = sorted(set(range(STEPS)) - set(computed.tolist()))

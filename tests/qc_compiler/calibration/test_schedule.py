@@ -6,7 +6,7 @@ import torch
 
 import qc_compiler
 from qc_compiler.calibration.recording import Recording
-from qc_compiler.calibration.schedule import exchanges, moves, residual, shortest_path, starts, whole_steps
+from qc_compiler.calibration.schedule import exchanges, moves, residual, shortest_path, starts, uneven, whole_steps
 from qc_compiler.graph import RegionSpec
 from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
@@ -59,29 +59,78 @@ def test_every_start_computes_step_0_and_as_many_steps_as_asked():
         assert steps[-1] < 20
 
 
-def test_moves_and_exchanges_keep_the_work():
-    schedule = whole_steps([0, 4, 9, 15])
+def work(schedules):
+    return sum(len(blocks) / 4 if blocks else 1 for schedule in schedules for _, blocks in schedule)
+
+
+@pytest.mark.parametrize("schedules", [[[0, 4, 9, 15]], [[0, 4, 9, 15], [0, 9]]])
+def test_moves_and_exchanges_keep_the_work(schedules):
+    schedules = tuple(map(whole_steps, schedules))
     regions = [RegionSpec("output", -1, 0.0), *(RegionSpec(f"blocks.{i}", 0, 1.0) for i in range(4))]
-    assert all(len(moved) == 4 and moved[0] == (0, ()) for moved in moves(schedule, 20))
-    for exchanged in exchanges(schedule, 20, regions):
-        assert sum(len(blocks) / 4 if blocks else 1 for _, blocks in exchanged) == 4
+    found = list(moves(schedules, 20))
+    assert len(found) == len(set(found)) >= 18
+    found += exchanges(schedules, 20, regions)
+    assert all(work(changed) == work(schedules) and changed != schedules for changed in found)
+    assert all(schedule[0] == (0, ()) for changed in found for schedule in changed)
+    assert all(0 <= step < 20 for changed in found for schedule in changed for step, _ in schedule)
 
 
-def test_feedback_is_that_of_an_euler_step():
+def test_streams_give_steps_to_each_other_and_move_together():
+    before = tuple(map(whole_steps, ([0, 4, 9], [0, 4])))
+    sizes = {tuple(map(len, changed)) for changed in moves(before, 12)}
+    assert sizes == {(3, 2), (2, 3), (4, 1)}
+    assert tuple(map(whole_steps, ([0, 5, 9], [0, 5]))) in list(moves(before, 12))
+
+
+def test_uneven_shares_spend_as_much_on_one_stream_more():
+    assert uneven([0, 4, 9, 15], 4, 20, 1) == []
+    for schedules in uneven([0, 2, 4, 6, 9, 11, 13, 15, 17, 19], 10, 20, 2):
+        assert work(schedules) == 20
+        assert sorted(map(len, schedules)) in ([8, 12], [6, 14])
+        assert all(schedule[0] == (0, ()) and schedule[-1] == (19, ()) for schedule in schedules)
+
+
+def euler_recording(weights=(1.0,), steps=4):
+    """Returns a recording of x ← x − 0.25·Σ w_s·v_s with random predictions."""
     torch.manual_seed(0)
-    xs, vs = [torch.randn(100)], []
-    for _ in range(4):
-        vs.append(torch.randn(100))
-        xs.append(xs[-1] - 0.25 * vs[-1])
-    recording = Recording([4.0, 3.0, 2.0, 1.0], {"0": xs[:4]}, {"0": vs})
-    assert recording.feedback(1) == pytest.approx(1 / -0.25, rel=1e-3)
-    assert recording.feedback(3) == 0.0  # the last step leads nowhere that was recorded
-    recording.inputs["0"][2] = torch.randn(100)  # a stochastic sampler
-    assert recording.feedback(1) == 0.0
+    xs, vs = [torch.randn(100)], {str(s): [] for s in range(len(weights))}
+    for _ in range(steps):
+        for predictions in vs.values():
+            predictions.append(torch.randn(100))
+        xs.append(xs[-1] - 0.25 * sum(w * v[-1] for w, v in zip(weights, vs.values())))
+    return Recording([float(steps - i) for i in range(steps)], dict.fromkeys(vs, xs[:steps]), vs)
+
+
+def test_the_samplers_step_is_read_off_the_trajectory():
+    recording = euler_recording((2.0, -1.0))
+    a, b = recording.sampler_step(1)
+    assert (a, *b) == pytest.approx((1.0, -0.5, 0.25), rel=1e-3)
+    assert not recording.sampler_step(3)[1].any()  # the last step leads nowhere that was recorded
+    for samples in recording.inputs.values():
+        samples[2] = torch.randn(100)  # a stochastic sampler
+    assert not recording.sampler_step(1)[1].any()
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.3, 1.0])
+def test_the_last_stream_makes_up_for_the_others_and_for_the_deviation(gain):
+    recording = euler_recording((2.0, -1.0))
+    sample, missed = (recording.inputs["0"][i] + 0.1 * torch.randn(100) for i in (1, 1))
+    last = recording.wanted(1, 1, sample, [missed], gain)
+    following = sample - 0.25 * (2 * missed - last)
+    deviation = sample - recording.inputs["0"][1]
+    torch.testing.assert_close(
+        following, recording.inputs["0"][2] + ((1 - gain) * deviation).double(), atol=1e-4, rtol=0
+    )
+
+
+def test_without_a_known_sampler_the_recorded_prediction_is_wanted():
+    recording = euler_recording((2.0, -1.0))
+    wanted = recording.wanted(1, 3, torch.randn(100), [torch.randn(100)], 1.0)
+    assert torch.equal(wanted, recording.outputs["1"][3].double())
 
 
 def test_a_plan_spends_its_share_and_beats_uniform_reuse(model, plan):
-    assert plan.compute[:, 0].sum() == STEPS // 2
+    assert plan.compute[0, :, 0].sum() == STEPS // 2
     assert plan.measured["share"] == 0.5
     reference = sample(model, STEPS, seed=5)
     planned = compile_eagerly(model, {"plan": plan})
@@ -89,6 +138,39 @@ def test_a_plan_spends_its_share_and_beats_uniform_reuse(model, plan):
     errors = [float((sample(m, STEPS, seed=5) - reference).norm()) for m in (planned, uniform)]
     assert errors[0] < errors[1]
     assert qc_compiler.summary is not None
+
+
+def guided(model):
+    """Samples with two streams, of which the second sees another input."""
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for i in range(STEPS):
+            t = torch.full((2,), 1000.0 * (1 - i / STEPS))
+            cond, uncond = model(x, t), model(0.9 * x, t)
+            x = x - (uncond + 2 * (cond - uncond)) / STEPS
+    return x
+
+
+@pytest.fixture(scope="module")
+def guided_plan(model):
+    return qc_compiler.calibrate(model, guided, 0.4, budget=12, level="output", progress=False, backend=backend)
+
+
+def test_streams_are_computed_at_steps_of_their_own(guided_plan):
+    cond, uncond = guided_plan.compute[..., 0]
+    assert cond.sum() + uncond.sum() == 10
+    assert cond[0]
+    assert uncond[0]
+    assert guided_plan.across[~guided_plan.compute[..., 0]].any(axis=1).all()
+    assert not guided_plan.across[guided_plan.compute[..., 0]].any()
+
+
+def test_what_calibration_measured_is_what_the_plan_gives(model, guided_plan):
+    compiled, reference = compile_eagerly(model, {"plan": guided_plan}), guided(model)
+    error = (guided(compiled) - reference).norm() / reference.norm()
+    assert float(error) == pytest.approx(guided_plan.measured["error"], rel=1e-3)
+    streams = qc_compiler.summary(compiled).streams
+    assert all((s.computed[:, 0] == row[:, 0]).all() for s, row in zip(streams, guided_plan.compute, strict=True))
 
 
 def test_a_plan_survives_its_file(model, plan, tmp_path):
