@@ -15,6 +15,7 @@ from .lower_linears import LowerLinears
 from .normalize import Normalize
 from .prepare_weights import PrepareWeights
 from .probe_first_block import ProbeFirstBlock
+from .prune import Prune
 from .quantize_linears import QuantizeLinears
 from .rewrite_attention import RewriteAttention
 from .share_bodies import ShareBodies
@@ -29,6 +30,7 @@ __all__ = [
     "Normalize",
     "PrepareWeights",
     "ProbeFirstBlock",
+    "Prune",
     "QuantizeLinears",
     "RewriteAttention",
     "ShareBodies",
@@ -45,6 +47,8 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
         Normalize(),
         # Before everything else that rewrites: each later pass then edits one body instead of every block.
         ShareBodies(),
+        # As soon as there are bodies to take regions out of: nothing is then done for what leaves.
+        *((Prune(options.pruned),) if options.pruned else ()),
         # Before the guards, while the first block's own nodes can still be read; only where a rule asks for it.
         *((ProbeFirstBlock(),) if options.has_probe else ()),
         # Before the quantizers, whose choices may lie in a branch that a layer of cached heads does not take.

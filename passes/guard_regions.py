@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
-from qc_compiler.cost import flops_of
+from qc_compiler.costs import flops_of
 from qc_compiler.formats import Format
 from qc_compiler.graph import (
     GraphPass,
@@ -48,7 +48,7 @@ from qc_compiler.graph import (
     values_of,
 )
 from qc_compiler.guard import Guard, cond_body, unwritten
-from qc_compiler.regions import SubLayer, find_sublayers
+from qc_compiler.regions import SubLayer, find_sublayers, sublayer_names
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class GuardRegions(GraphPass):
         """Gives values that are always computed in the graph a slot and a row of statistics."""
         guard = Guard((None,) * len(results), self.depth)
         values, count = values_of(results), len(results)
-        region = wiring.add_region(name, -1, 0.0)
+        region = wiring.add_region(name, -1, 0.0, prunable=False)
         slots = wiring.add_slots(region, [(wiring.empty(*v.shape, dtype=v.dtype, device=v.device),) for v in values])
         part = trace(lambda *args: tuple(guard.observe((), args[:count], args[count:])), *values, *values_of(slots))
         before = wiring.graph.output_node()
@@ -118,7 +118,8 @@ class GuardRegions(GraphPass):
         operands += symbols_of(graph, operands)
         at = [operands.index(result) for result in results]
 
-        region = wiring.add_region("network", 0, sum(body_of(gm, call).meta["flops"] for call in calls))
+        flops = sum(body_of(gm, call).meta["flops"] for call in calls)
+        region = wiring.add_region("network", 0, flops, None not in bases)
         guard = self._guard(tuple(None if base is None else operands.index(base) for base in bases))
         end, encoded = guard.build(
             lambda *xs: tuple(xs[i].clone(memory_format=torch.contiguous_format) for i in at), values_of(operands)
@@ -160,7 +161,8 @@ class GuardRegions(GraphPass):
             operands = list(call.args[2:])
             regions = []
             for site in sites[name]:
-                region = wiring.add_region(f"{call.meta['block']}{site.suffix}", list(sites).index(name), site.flops)
+                where, group = f"{call.meta['block']}{site.suffix}", list(sites).index(name)
+                region = wiring.add_region(where, group, site.flops, site.prunable)
                 operands += [*wiring.add_slots(region, site.encoded), *wiring.steering(region)]
                 regions.append(region)
             num_results = len(call.meta["val"])
@@ -184,7 +186,7 @@ class GuardRegions(GraphPass):
             skips.append(Skip(name, "no sub-layers found; the whole block is guarded instead"))
         guard = self._guard(body.meta["bases"])
         guarded, encoded = guard.build(_interpreted(body), values_of(placeholders(body.graph)))
-        return guarded, [_Site("", body.meta["flops"], encoded)], skips
+        return guarded, [_Site("", body.meta["flops"], encoded, None not in body.meta["bases"])], skips
 
     def _guarded_sublayers(
         self, body: fx.GraphModule, sublayers: Sequence[SubLayer]
@@ -193,8 +195,8 @@ class GuardRegions(GraphPass):
         graph.output(graph.graph_copy(body.graph, copies))
         owner = fx.GraphModule({}, graph)
         sites, produced = [], []
-        kinds = [sub.kind for sub in sublayers]
-        for i, sub in enumerate(sublayers):
+        names = sublayer_names(sublayers, body.meta.get("pruned", ()))
+        for i, (sub, name) in enumerate(zip(sublayers, names)):
             nodes, results = [copies[node] for node in sub.nodes], [copies[node] for node in sub.outputs]
             nodes = separate_operands(separate_results(nodes, results), ())
             results = leaving(nodes)
@@ -212,8 +214,7 @@ class GuardRegions(GraphPass):
                 graph.erase_node(node)
             stable_topological_sort(graph)  # the parts of joint attention leave at different places
             produced += items[len(results) :]
-            number = f"{kinds[:i].count(sub.kind) + 1}" if kinds.count(sub.kind) > 1 else ""
-            sites.append(_Site(f"/{sub.kind}{number}", flops_of(part), encoded))
+            sites.append(_Site(f"/{name}", flops_of(part), encoded, prunable=True))
         graph.output_node().args = ((*outputs(graph), *produced),)
         owner.recompile()
         return owner, sites
@@ -221,11 +222,12 @@ class GuardRegions(GraphPass):
 
 @dataclass(frozen=True)
 class _Site:
-    """A guarded place in a body: the end of its regions' names, its cost, and what stores one residual."""
+    """A guarded place in a body: the end of its regions' names, its cost, what stores one residual; see RegionSpec."""
 
     suffix: str
     flops: float
     encoded: list[tuple[Tensor, ...]]
+    prunable: bool
 
 
 class _Wiring:
@@ -260,8 +262,8 @@ class _Wiring:
         with self._mode:
             return torch.empty(size, dtype=dtype, device=device)
 
-    def add_region(self, name: str, group: int, flops: float) -> int:
-        self.interface.regions.append(RegionSpec(name, group, flops))
+    def add_region(self, name: str, group: int, flops: float, prunable: bool) -> int:
+        self.interface.regions.append(RegionSpec(name, group, flops, prunable))
         return len(self.interface.regions) - 1
 
     def add_slots(self, region: int, encoded: Sequence[tuple[Tensor, ...]]) -> list[fx.Node]:

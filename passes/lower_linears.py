@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from qc_compiler import ops
-from qc_compiler.cost import hint
+from qc_compiler.costs import hint
 from qc_compiler.formats import decode, parse_format
 from qc_compiler.formats.schemes import Scheme
 from qc_compiler.formats.transforms import rotation_size

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from qc_compiler import ops
-from qc_compiler.cost import hint
+from qc_compiler.costs import hint
 from qc_compiler.errors import PlanError
 from qc_compiler.formats.schemes import PLAIN, WEIGHTS, Scheme
 from qc_compiler.formats.transforms import hadamard, rotate, rotation_size, shared_scales

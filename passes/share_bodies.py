@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
-from qc_compiler.cost import flops_of
+from qc_compiler.costs import flops_of
 from qc_compiler.graph import (
     GraphPass,
     Report,

@@ -29,6 +29,7 @@ __all__ = [
     "UnsupportedModelError",
     "calibrate",
     "configure",
+    "cost",
     "explain",
     "fit_rule",
     "load_packed",
@@ -70,6 +71,30 @@ def explain(model: Any, *args: Any, options: Any = None, **kwargs: Any) -> Any:
     from .explanation import explain as run
 
     return run(model, *args, options=options, **kwargs)
+
+
+def cost(model: Any, *args: Any, dynamic: bool = True, **kwargs: Any) -> Any:
+    """Returns what each region of a model costs and how long it takes on this device; prints as a table.
+
+    The model is traced and called once, nothing is compiled. Rates of the device are measured when they are first asked
+    for (about half a minute) and kept in the user's cache directory.
+
+    Args:
+        model: Plain or compiled.
+        args, kwargs: Of its forward.
+        dynamic: Whether costs are expressions in the sizes of the inputs (`x.size(0)`), as far as the model leaves them
+            open, and so hold for any batch, frames and resolution; without, they are numbers for these inputs.
+
+    Returns:
+        A `qc_compiler.estimate.Estimate`: `cost(region, variant)` in FLOPs and bytes; `seconds(region, variant, sizes)`
+        and `step_seconds(decisions, …)`, predicted; `anchored(…)` fits both to measured steps of the compiled model.
+
+    Raises:
+        UnsupportedModelError: the model writes into an input or buffer, or takes no tensor.
+    """
+    from .estimate import cost as run
+
+    return run(model, *args, dynamic=dynamic, **kwargs)
 
 
 def calibrate(model: Any, generate: Any, share: float | None = 0.33, **kwargs: Any) -> Plan:

@@ -110,8 +110,8 @@ def _prepared_weights(gm: fx.GraphModule, inputs: Sequence[Any], runtime: Runtim
 
 
 def _keep_shared(runtime: Runtime, name: str, gm: fx.GraphModule) -> None:
-    """Keeps the model's graph as calibration runs it: blocks found and shared, nothing added yet."""
-    if name == "share-bodies":
+    """Keeps the model's graph as calibration runs it: blocks shared, some pruned, nothing added yet."""
+    if name in ("share-bodies", "prune"):
         runtime.shared = copy_of(gm)
         runtime.shared.meta.pop("tensors")  # the runtime outlives neither the model nor weights that it packs
         for node in runtime.shared.graph.find_nodes(op="get_attr"):
@@ -143,7 +143,7 @@ def _guarded_graph(gm: fx.GraphModule, num_inputs: int, runtime: Runtime) -> Gua
             "input} or options={'num_steps': steps of a trajectory}"
         )
     if options.plan is not None:
-        options.plan.check_model(fingerprint(gm), tuple(region.name for region in interface.regions))
+        options.plan.check_model(fingerprint(gm), interface.names, interface.fixed)
     runtime.interface, runtime.fingerprint = interface, fingerprint(gm)
     parameters = [i for i, node in enumerate(formals) if is_parameter(node)]
     latent = find_latent(formals, outputs(gm.graph), clock)

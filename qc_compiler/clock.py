@@ -26,9 +26,9 @@ def find_clock(formals: Sequence[fx.Node], options: Options) -> int | None:
     """
     inputs = [(i, node) for i, node in enumerate(formals) if not is_parameter(node)]
     if options.timestep is not None:
-        wanted = [i for i, node in inputs if _plain_name(node) == options.timestep]
+        wanted = [i for i, node in inputs if plain_name(node) == options.timestep]
         if not wanted:
-            names = ", ".join(_plain_name(node) for _, node in inputs if _is_small(node))
+            names = ", ".join(plain_name(node) for _, node in inputs if _is_small(node))
             raise OptionError(f"timestep={options.timestep!r} is no input of the model; small inputs: {names}")
         return wanted[0]
     waved = [(i, node) for i, node in inputs if _is_small(node) and _reaches_a_wave(node)]
@@ -39,12 +39,12 @@ def find_clock(formals: Sequence[fx.Node], options: Options) -> int | None:
     return next((i for i, _ in (*named, *waved)), None)
 
 
-def _plain_name(node: fx.Node) -> str:
+def plain_name(node: fx.Node) -> str:
     return re.sub(r"^(l|L)_|_$", "", str(node.meta.get("source", node.target))).strip("_")
 
 
 def _speaks_of_time(node: fx.Node) -> bool:
-    return bool(re.search(r"time|sigma|(^|_)t(_|$)", _plain_name(node)))
+    return bool(re.search(r"time|sigma|(^|_)t(_|$)", plain_name(node)))
 
 
 def _is_small(node: fx.Node) -> bool:

@@ -1,6 +1,6 @@
 """What quantcache would do to a model, without compiling it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import fx
 from .backend import rewrite
 from .clock import find_clock, find_latent
 from .errors import UnsupportedModelError
-from .graph import Skip, body_calls, body_of, copy_of, outputs, placeholders
+from .graph import Skip, body_calls, body_of, copy_of, is_parameter, outputs, placeholders
 from .options import parse_options
 from .pipeline import PassRun
 from .regions import find_sublayers
@@ -29,6 +29,8 @@ class GraphExplanation:
         timestep, sample: Names of the inputs that steps are told by.
         slot_bytes: One stream's slots when full; None with symbolic sizes.
         plain: Why this graph would run as plain Inductor; None if it is cached.
+        parameter_bytes: Of the parameters and buffers that are still read; None with symbolic sizes.
+        pruned: Names of the blocks and sub-layers that left.
     """
 
     runs: tuple[PassRun, ...]
@@ -37,6 +39,8 @@ class GraphExplanation:
     sample: str | None
     slot_bytes: int | None
     plain: str | None
+    parameter_bytes: int | None = None
+    pruned: tuple[str, ...] = ()
 
     @property
     def skipped(self) -> tuple[Skip, ...]:
@@ -69,11 +73,19 @@ class Explanation:
                 if graph.plain:
                     console.print(f"runs as plain Inductor: {graph.plain}", highlight=False)
                 else:
-                    size = "symbolic" if graph.slot_bytes is None else f"{graph.slot_bytes / 2**20:.2f} MiB"
+                    slots, parameters = map(_mebibytes, (graph.slot_bytes, graph.parameter_bytes))
                     console.print(
-                        f"timestep {graph.timestep} · sample {graph.sample} · slots {size} a stream", highlight=False
+                        f"timestep {graph.timestep} · sample {graph.sample} · slots {slots} a stream · parameters "
+                        f"{parameters}",
+                        highlight=False,
                     )
+                if graph.pruned:
+                    console.print(f"pruned: {', '.join(graph.pruned)}", highlight=False)
         return capture.get()
+
+
+def _mebibytes(count: int | None) -> str:
+    return "symbolic" if count is None else f"{count / 2**20:.2f} MiB"
 
 
 def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
@@ -104,7 +116,7 @@ def _explain_graph(gm: fx.GraphModule, num_inputs: int, options: Any) -> GraphEx
         return GraphExplanation((), (), None, None, 0, "everything is off (preset 'exact' or cache 'off')")
     try:
         tree: list[tuple[str, ...]] = []
-        runs = rewrite(gm, options, lambda name, now: tree.extend(_tree(now)) if name == "share-bodies" else None)
+        runs = rewrite(gm, options, lambda name, now: _keep_tree(tree, name, now))
     except UnsupportedModelError as error:
         return GraphExplanation((), (), None, None, 0, str(error))
     formals = placeholders(gm.graph)[:num_inputs]
@@ -116,9 +128,21 @@ def _explain_graph(gm: fx.GraphModule, num_inputs: int, options: Any) -> GraphEx
     elif options.caches and clock is None and options.num_steps is None:
         plain = "no timestep input was found"
     names = [None if i is None else str(formals[i].meta.get("source")) for i in (clock, latent)]
-    sizes = [node.meta["val"].nbytes for node in placeholders(gm.graph) if node.name.startswith("slot_")]
-    total = sum(sizes) if all(isinstance(size, int) for size in sizes) else None
-    return GraphExplanation(tuple(runs), tuple(tree), names[0], names[1], total, plain)
+    slots = [node for node in placeholders(gm.graph) if node.name.startswith("slot_")]
+    prepared = gm.meta["prepare"].meta["sources"] if "prepare" in gm.meta else []
+    read = [node for i, node in enumerate(formals) if is_parameter(node) and (node.users or i in prepared)]
+    sizes, pruned = (_num_bytes(slots), _num_bytes(read)), gm.meta.get("pruned", ())
+    return GraphExplanation(tuple(runs), tuple(tree), names[0], names[1], sizes[0], plain, sizes[1], pruned)
+
+
+def _num_bytes(nodes: Sequence[fx.Node]) -> int | None:
+    sizes = [node.meta["val"].nbytes for node in nodes]
+    return sum(sizes) if all(isinstance(size, int) for size in sizes) else None
+
+
+def _keep_tree(tree: list[tuple[str, ...]], name: str, gm: fx.GraphModule) -> None:
+    if name in ("share-bodies", "prune"):
+        tree[:] = _tree(gm)
 
 
 def _tree(gm: fx.GraphModule) -> list[tuple[str, ...]]:

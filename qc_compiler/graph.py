@@ -85,11 +85,14 @@ class RegionSpec:
         name: Module path, e.g. `blocks.3` or `blocks.3/mlp`; `network` for all blocks together.
         group: Number of the group of equal blocks it belongs to.
         flops: Floating point operations of one computation.
+        prunable: Whether weights of zero leave what enters it as it is: each result is the residual of an operand, or
+            itself what is added to one.
     """
 
     name: str
     group: int
     flops: float
+    prunable: bool = True
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,15 @@ class Interface:
     depth: int = 1
     num_outputs: int = 0
     glue_flops: float = 0.0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(region.name for region in self.regions)
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Names of the regions that cannot be pruned."""
+        return tuple(region.name for region in self.regions if not region.prunable)
 
 
 def trace(fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
@@ -451,6 +463,18 @@ def separate_operands(nodes: Sequence[fx.Node], streams: Collection[fx.Node]) ->
     return nodes
 
 
+def separate_arguments(call: fx.Node) -> None:
+    """Copies those tensors a call is given that share a storage with one before them, as `separate_operands` does."""
+    taken: set[Any] = set()
+    for i, operand in enumerate(call.args):
+        if not isinstance(operand, fx.Node) or not is_tensor(operand) or is_parameter(operand):
+            continue
+        if _storage(operand) in taken:
+            with call.graph.inserting_before(call):
+                call.update_arg(i, contiguous_copy(call.graph, operand))
+        taken.add(_storage(operand))
+
+
 def _take_apart(nodes: list[fx.Node], operands: Sequence[fx.Node], streams: Collection[fx.Node]) -> list[fx.Node]:
     graph, inside = nodes[0].graph, set(nodes)
     copies: dict[fx.Node, fx.Node] = {}
@@ -536,7 +560,9 @@ def update_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
             continue
         old = node.meta["val"]
         new = _evaluate(node)
-        is_view = any(is_tensor(arg) and _storages(arg.meta["val"]) & _storages(new) for arg in node.all_input_nodes)
+        is_view = any(
+            is_tensor(arg) and storages_of(arg.meta["val"]) & storages_of(new) for arg in node.all_input_nodes
+        )
         if is_view or _layouts(old) != _layouts(new):
             node.meta["val"] = new
             stale.add(node)
@@ -568,7 +594,7 @@ def _layouts(val: Any) -> list[Any]:
     return [(tuple(tensor.shape), tuple(tensor.stride())) for tensor in _tensors(val)]
 
 
-def _storages(val: Any) -> set[Any]:
+def storages_of(val: Any) -> set[Any]:
     return {StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors(val)}
 
 

@@ -1,5 +1,6 @@
 """What a user may set: one flat dict, parsed into a frozen dataclass. Few options, checked by name and by value."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from .plan import Plan
 LEVELS = ("output", "network", "group", "block", "sublayer")
 CACHES = ("off", "static", "hlc", "tdc", "first_block", "teacache", "magcache")
 CACHE_DTYPES = ("model", "int8", "fp8")
+PRUNES = ("srap",)
 
 # Presets fill in what the user leaves open. Measured on the example model: benchmarks/results/quality.md.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -40,6 +42,11 @@ class Options:
         polynomial, ratios: What `fit_rule` found for `teacache` and `magcache`; None takes the rule's default.
         num_steps: Steps of a trajectory, if known. Needed where no timestep input is found.
         plan: A `Plan` or the path of one; decides instead of `cache`.
+        prune: `srap` leaves blocks that change their input little out of steps that are computed; None prunes only
+            what the plan says.
+        prune_threshold: Cosine of a block's input and output above which `srap` leaves it out, .995 by default; from
+            1 − 4·(1 − threshold) on it does so at random.
+        prune_seed: Of this randomness.
         quantize: How the linears of the blocks are quantized: `w8a8`, `w4a8`, `w4a6`, `fp8`, `nvfp4`; `importance`,
             which gives each weight 4, 8 or 16 bits; or `dmpq`, which chooses at every step. None takes what the plan
             was calibrated for. Behind a name `+rotation` rotates weights and activations by a Hadamard matrix,
@@ -72,6 +79,9 @@ class Options:
     ratios: tuple[float, ...] | None = None
     num_steps: int | None = None
     plan: Plan | None = None
+    prune: str | None = None
+    prune_threshold: float | None = None
+    prune_seed: int = 0
     quantize: str | None = None
     bits: float = 5.0
     precision_threshold: float | None = None
@@ -86,23 +96,29 @@ class Options:
     # Changing one of these needs no new graph: only the controller reads them.
     STEERING = frozenset(
         {"cache", "interval", "threshold", "max_skip", "polynomial", "ratios", "num_steps", "process_group", "plan"}
-        | {"precision_threshold"}
+        | {"precision_threshold", "prune_threshold", "prune_seed"}
     )
 
     @property
     def exact(self) -> bool:
         """Whether nothing is to be done to the graph."""
-        return not self.caches and self.recipe is None
+        return not self.caches and self.recipe is None and not self.pruned
 
     @property
     def caches(self) -> bool:
         """Whether anything is guarded."""
-        return self.cache != "off" or self.scheduled or self.chooses_precision or self.compensates or self.attends
+        needed = self.scheduled or self.chooses_precision or self.compensates or self.attends
+        return needed or self.cache != "off" or self.prune is not None
 
     @property
     def scheduled(self) -> bool:
         """Whether a plan decides what is computed, in place of `cache`."""
         return self.plan is not None and self.plan.has_schedule
+
+    @property
+    def pruned(self) -> tuple[str, ...]:
+        """Names of the blocks and sub-layers that leave the graph."""
+        return self.plan.removed if self.plan else ()
 
     @property
     def compensates(self) -> bool:
@@ -176,7 +192,7 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     values |= given
     if plan is not None and plan.quantization is not None:
         values["quantize"] = values.get("quantize") or plan.quantization.recipe
-    if "level" not in given and _has_rule(values.get("quantize")):  # which reads the statistics of blocks
+    if "level" not in given and _reads_blocks(values):
         values["level"] = "output+block" if str(values.get("level")).startswith("output") else "block"
     if plan is not None and (plan.compensation is not None or plan.attention) and values.get("cache") == "off":
         values.setdefault("level", "output")
@@ -189,13 +205,15 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     return check(Options(**values))
 
 
-def _has_rule(quantize: Any) -> bool:
-    return quantize is not None and recipe_of(quantize).rule is not None
+def _reads_blocks(values: Mapping[str, Any]) -> bool:
+    """Whether a rule beside `cache` reads the statistics of blocks: that for precisions, or that for pruning."""
+    quantize = values.get("quantize")
+    return values.get("prune") is not None or (quantize is not None and recipe_of(quantize).rule is not None)
 
 
 def _finer(level: str, values: Mapping[str, Any]) -> str:
-    """Returns the level of a plan, with the blocks' statistics where a rule for precisions reads them."""
-    return "output+block" if level == "output" and _has_rule(values.get("quantize")) else level
+    """Returns the level of a plan, with the blocks' statistics where a rule reads them."""
+    return "output+block" if level == "output" and _reads_blocks(values) else level
 
 
 def _read_plan(plan: Any) -> Plan | None:
@@ -223,11 +241,13 @@ def check(options: Options) -> Options:
     for name in ("max_skip", "num_steps", "num_frames"):
         if (value := getattr(options, name)) is not None:
             _at_least(name, value, 0 if name == "max_skip" else 1)
-    for name in ("threshold", "precision_threshold"):
+    for name, most in (("threshold", math.inf), ("precision_threshold", math.inf), ("prune_threshold", 1)):
         value = getattr(options, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and value >= 0):
-            raise OptionError(f"{name}={value!r}: expected a number of at least 0")
+        if value is not None and not (is_number and 0 <= value <= most):
+            limits = "of at least 0" if most == math.inf else f"from 0 to {most}"
+            raise OptionError(f"{name}={value!r}: expected a number {limits}")
+    _at_least("prune_seed", options.prune_seed, 0)
     if options.text_tokens is not None and type(options.text_tokens) is not int:
         raise OptionError(f"text_tokens={options.text_tokens!r}: expected how many come first, -n for the last n, or 0")
     for name in ("polynomial", "ratios"):
@@ -243,6 +263,13 @@ def check(options: Options) -> Options:
             f"quantize={options.quantize!r} decides by the statistics of blocks: level={options.level!r} must be "
             "'block', 'sublayer' or 'output+block'"
         )
+    if options.prune is not None:
+        _one_of("prune", options.prune, PRUNES)
+        if options.graph_level != "block":
+            raise OptionError(
+                f"prune={options.prune!r} compares what enters a block with what leaves it: level={options.level!r} "
+                "must be 'block', 'group' or 'output+block'"
+            )
     if options.timestep is not None and not isinstance(options.timestep, str):
         raise OptionError(f"timestep={options.timestep!r}: expected the name of an input")
     if options.cache == "first_block" and options.graph_level != "block":
@@ -295,6 +322,11 @@ def changed(options: Options, changes: Mapping[str, Any]) -> Options:
         raise OptionError(
             f"plan=… for level={new.plan.level!r} and cache_order={new.plan.depth - 1} needs a new torch.compile: this "
             f"model was compiled with level={options.level!r} and cache_order={options.depth - 1}"
+        )
+    if set(new.pruned) != set(options.pruned):
+        raise OptionError(
+            f"plan=… that removes {', '.join(new.pruned) or 'nothing'} needs a new torch.compile: this model was "
+            f"compiled without {', '.join(options.pruned) or 'removing anything'}"
         )
     _check_linears(options, new)
     if new.compensates and not options.compensates:

@@ -1,6 +1,7 @@
 """Models whose linears hold packed weights: less memory, one file, no float weights anywhere.
 
     qc_compiler.pack_(model, "nvfp4")                     in place; the float weights are freed one after the other
+    qc_compiler.pack_(model, plan)                        as calibrated; blocks that the plan removes are freed whole
     qc_compiler.save_packed(model, "dit.safetensors")
     with torch.device("meta"):
         model = DiT(...)
@@ -10,7 +11,7 @@ A `PackedLinear` says in plain operators what it means: dequantize, then linear.
 quantcache it becomes this device's kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .formats.schemes import PLAIN, SCHEMES, WEIGHTS, Scheme, recipe_of
 from .formats.transforms import hadamard, low_rank, rotate, rotation_size, shared_scales
 from .plan import Plan, Quantization
 
-VERSION = 2
+VERSION = 3
 
 
 class PackedLinear(nn.Module):
@@ -119,24 +120,31 @@ class PackedLinear(nn.Module):
 def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
     """Replaces the weights of the linears in a model's blocks by packed ones, in place, and frees them.
 
-    Embeddings and the final layer, outside the blocks, keep their precision.
+    Embeddings and the final layer, outside the blocks, keep their precision. Parameters that only blocks which the plan
+    removes own are freed: one NaN stands for all of their elements, so that the model without the plan is loudly
+    wrong. Which parameters a sub-layer owns only a graph can tell: those of removed sub-layers stay.
 
     Args:
         model: Plain or compiled; a compiled one must be compiled again.
         how: A value of the option `quantize` with one scheme, such as `nvfp4` or `w4a8+rotation`; or a plan that was
-            calibrated with `quantize`, whose bits, ranges and formats are taken.
+            calibrated with `quantize`, whose bits, ranges and formats are taken, or that removes blocks.
 
     Returns:
         The model.
 
     Raises:
         OptionError: the name is unknown, chooses at every step, or needs a plan.
-        PlanError: the plan says nothing about linears, or is for another model.
+        PlanError: the plan says nothing about linears and removes nothing, or is for another model.
         QuantCacheError: the model has no linears in a list of blocks, or is packed already.
     """
-    known = how.quantization if isinstance(how, Plan) else None
+    known, removed = (how.quantization, how.removed) if isinstance(how, Plan) else (None, ())
+    module = getattr(model, "_orig_mod", model)
     if isinstance(how, Plan) and known is None:
-        raise PlanError("the plan says nothing about linears: calibrate(model, generate, quantize=...)")
+        if not removed:
+            raise PlanError("the plan says nothing about linears: calibrate(model, generate, quantize=...)")
+        registry.forget_weights(module)
+        _free(module, removed)
+        return model
     name = known.recipe if known else str(how)
     recipe = recipe_of(name)
     scheme = [scheme for scheme in recipe.schemes if scheme.activation != PLAIN][-1]
@@ -144,7 +152,6 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
         raise OptionError(f"pack_(model, {name!r}) needs a plan: calibrate(model, generate, quantize={name!r})")
     if len({s.weight for s in recipe.schemes}) > 1 or (recipe.rule and known is None):
         raise OptionError(f"pack_(model, {name!r}): it chooses at every step; {nearest(name, SCHEMES)}")
-    module = getattr(model, "_orig_mod", model)
     if any(isinstance(child, PackedLinear) for child in module.modules()):
         raise QuantCacheError(f"{type(module).__name__} is packed already: pack the original model")
     names = _linears_of_blocks(module)
@@ -153,8 +160,10 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
             f"{type(module).__name__} has no nn.Linear inside an nn.ModuleList, so there is nothing to pack"
         )
     schemes = dict.fromkeys(names, scheme) if known is None else _planned(known, scheme, module)
+    schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith(tuple(f"{r}." for r in removed))}
     scales = {name: _scales(known, name, module) for name in schemes} if known and scheme.balance else {}
     registry.forget_weights(module)
+    _free(module, removed)
     packed: dict[nn.Module, PackedLinear] = {}  # a linear may stand in several places
     for name, chosen in schemes.items():
         linear = module.get_submodule(name)
@@ -166,6 +175,38 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
         if (linear := module.get_submodule(name)) in packed:
             _replace(module, name, packed[linear])
     return model
+
+
+def _free(module: nn.Module, removed: Collection[str]) -> None:
+    """Frees the parameters that only removed blocks own.
+
+    Raises:
+        PlanError: the model has no such block.
+    """
+    blocks = [name for name in removed if "/" not in name and "@" not in name]  # else: a part, or a second call
+    for name in blocks:
+        if _submodule(module, name) is None:
+            raise PlanError(f"the plan prunes {name!r}, which this {type(module).__name__} does not have")
+    every = list(module.named_parameters(remove_duplicate=False))
+    inside = tuple(f"{name}." for name in blocks)
+    kept = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    freed: dict[int, nn.Parameter] = {}
+    for name, old in every:
+        if id(old) in kept or not old.is_floating_point():
+            continue
+        if id(old) not in freed:
+            freed[id(old)] = nn.Parameter(_nan(old.shape, old.dtype, old.device), old.requires_grad)
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._parameters[leaf] = freed[id(old)]
+
+
+def _nan(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Returns NaN of this shape in the memory of one element."""
+    return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and not any(tensor.stride()) and bool(tensor.flatten()[0].isnan())
 
 
 def _planned(known: Quantization, scheme: Scheme, module: nn.Module) -> dict[str, Scheme]:
@@ -211,11 +252,13 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     """
     module = getattr(model, "_orig_mod", model)
     packed = {name: child for name, child in module.named_modules() if isinstance(child, PackedLinear)}
-    if not packed:
+    every = {name: tensor.detach() for name, tensor in _tensors(module).items()}
+    freed = {name: _name_of(tensor.dtype) for name, tensor in every.items() if _is_freed(tensor)}
+    if not packed and not freed:
         raise QuantCacheError(f"{type(module).__name__} is not packed: call qc_compiler.pack_(model, 'nvfp4') first")
     linears = {name: _Linear(**asdict(child.scheme), dtype=_name_of(child.dtype)) for name, child in packed.items()}
-    header = _Header(version=VERSION, linears=linears)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _tensors(module).items()}
+    header = _Header(version=VERSION, linears=linears, freed=freed)
+    tensors = {name: tensor.contiguous() for name, tensor in every.items() if name not in freed}
     save_file(tensors, str(path), metadata={"quantcache_packed": header.model_dump_json()})
 
 
@@ -236,6 +279,8 @@ def load_packed(model: nn.Module, path: str | Path, device: str | torch.device =
     _check(module, header, tensors, path)
     for name, linear in header.linears.items():
         _replace(module, name, _shell(module.get_submodule(name), linear))
+    for name, dtype in header.freed.items():
+        tensors[name] = _nan(module.get_parameter(name).shape, _dtype_of(dtype), device)
     tied = _tied(module)
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -268,6 +313,7 @@ class _Header(BaseModel):
 
     version: int
     linears: dict[str, _Linear]
+    freed: dict[str, str] = {}  # parameters of removed blocks and their dtypes; not in files of version 2
 
 
 def _read(path: str | Path, device: str) -> tuple[_Header, dict[str, Tensor]]:
@@ -286,6 +332,8 @@ def _read(path: str | Path, device: str) -> tuple[_Header, dict[str, Tensor]]:
         for linear in header.linears.values():
             parse_format(linear.weight), _dtype_of(linear.dtype)
             linear.activation == PLAIN or parse_format(linear.activation)
+        for dtype in header.freed.values():
+            _dtype_of(dtype)
     except (ValidationError, OptionError, AttributeError) as error:
         raise PackedFileError(f"{path}: its header is invalid: {str(error).splitlines()[0]}") from error
     if header.version != VERSION:
@@ -295,12 +343,15 @@ def _read(path: str | Path, device: str) -> tuple[_Header, dict[str, Tensor]]:
 
 def _check(module: nn.Module, header: _Header, tensors: dict[str, Tensor], path: str | Path) -> None:
     expected = {name: tuple(t.shape) for name, t in _tensors(module).items()}
+    if unknown := header.freed.keys() - dict(module.named_parameters()).keys():
+        raise PackedFileError(f"{path} is for another model: this {type(module).__name__} has no {min(unknown)}")
     for name, linear in header.linears.items():
         shape = expected.pop(f"{name}.weight", None)
         if shape is None or len(shape) != 2:
             raise PackedFileError(f"{path} packs {name!r}, which is no linear of this {type(module).__name__}")
         shell = _shell(module.get_submodule(name), linear)
         expected |= {f"{name}.{part}": tuple(tensor.shape) for part, tensor in shell.named_buffers()}
+    expected = {name: shape for name, shape in expected.items() if name not in header.freed}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found != expected:
         wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class _Header(BaseModel):
     measured: dict[str, float]
     quantization: _Quantization | None
     attention: _Attention | None
+    pruned: list[str] = []  # not in files of version 3
     checksum: str
 
 
@@ -99,6 +100,12 @@ class Quantization:
                 raise PlanError(f"a plan for {len(self.sites)} linears needs as many {name}: calibrate again")
         if len(self.amax) not in (0, len(self.sites)) or self.noise.shape[1:] != (len(self.regions),):
             raise PlanError("the plan's ranges or noise do not belong to its linears and regions: calibrate again")
+
+    @classmethod
+    def named(cls, recipe: str) -> "Quantization":
+        """Returns what is known where nothing was measured: the value of the option `quantize`."""
+        none = np.zeros(0, dtype=np.float32)
+        return cls(recipe, (), np.zeros(0, dtype=np.int8), none, none, none)
 
     @property
     def has_outliers(self) -> NDArray[np.bool_]:
@@ -191,8 +198,10 @@ class Plan:
         quantization: What is known of the linears, or None.
         compensation: float32 (S, N, C, 2): shift and gain of each channel of the model's output (VC), or None.
         attention: What each attention head does at each step, or None: then all are full.
+        pruned: Names of the blocks and sub-layers that are never computed (`blocks.3`, `blocks.5/mlp`).
 
-    A plan without regions has no schedule: the option `cache` decides.
+    A region that is not computed and whose weights are zero is pruned at this step: what enters it leaves it. A plan
+    without regions has no schedule: the option `cache` decides.
     """
 
     fingerprint: str
@@ -207,8 +216,11 @@ class Plan:
     compensation: NDArray[np.float32] | None = None
     attention: HeadPlan | None = None
     across: NDArray[np.float32] | None = None
+    pruned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pruned, tuple) or not all(isinstance(name, str) for name in self.pruned):
+            raise PlanError(f"pruned={self.pruned!r}: expected a tuple of names such as 'blocks.3' or 'blocks.5/mlp'")
         shape = (len(self.streams), len(self.timesteps), len(self.regions))
         if self.compute.shape != shape or self.weights.shape[:3] != shape or self.weights.ndim != 4:
             raise PlanError(
@@ -262,6 +274,20 @@ class Plan:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    @functools.cached_property
+    def prunes(self) -> NDArray[np.bool_]:
+        """bool (S, N, R): which regions are pruned at a step; none at steps that are skipped as a whole."""
+        found = ~self.compute & ~self.weights.any(axis=3)
+        if self.regions[:1] == ("output",):
+            found[..., 1:] &= self.compute[..., :1]
+        return found
+
+    @functools.cached_property
+    def removed(self) -> tuple[str, ...]:
+        """Names of what is never computed: `pruned`, and the regions that the schedule prunes wherever it can."""
+        never = ~self.compute.any(axis=(0, 1)) & ~self.weights.any(axis=(0, 1, 3))
+        return tuple(dict.fromkeys([*self.pruned, *(self.regions[r] for r in np.flatnonzero(never))]))
+
     def step_of(self, timestep: float) -> int:
         """Returns the number of the step that is called with this timestep.
 
@@ -287,19 +313,39 @@ class Plan:
         is_host_only = self.level == "output" and level.startswith("output")
         return self.depth == depth and (level == self.level or is_host_only)
 
-    def check_model(self, fingerprint: str, regions: tuple[str, ...]) -> None:
+    def columns(self, regions: Sequence[str]) -> list[int]:
+        """Returns the column of each region of a graph; where only the output is scheduled, all follow it."""
+        known = {name: column for column, name in enumerate(self.regions)}
+        return [0 if self.level == "output" else known[name] for name in regions]
+
+    def check_model(self, fingerprint: str, regions: tuple[str, ...], fixed: Collection[str] = ()) -> None:
         """
+        Args:
+            fingerprint: Of the model.
+            regions: Of its graph.
+            fixed: Those of them that cannot be pruned.
+
         Raises:
-            PlanError: the plan was calibrated on another model.
+            PlanError: the plan was calibrated on another model, or prunes what cannot be pruned.
         """
         known = regions[: len(self.regions)] if self.level == "output" else regions
-        if not self.fingerprint:
-            return
-        if (self.has_schedule and self.regions != known) or self.fingerprint != fingerprint:
+        fits = set(known) <= set(self.regions) and all(map(self._may_lack, set(self.regions) - set(known)))
+        if (self.has_schedule and not fits) or self.fingerprint not in ("", fingerprint):
             raise PlanError(
                 f"the plan is for a model with {len(self.regions)} regions and fingerprint {self.fingerprint[:12]}, "
                 f"this model has {len(regions)} and {fingerprint[:12]}: calibrate this model"
             )
+        for name in [name for name in self.regions if name in fixed]:
+            if (steps := np.flatnonzero(self.prunes[..., self.regions.index(name)].any(axis=0))).size:
+                raise PlanError(
+                    f"the plan prunes {name!r} at step {steps[0]}, but a result of it is no residual of what enters "
+                    "it: give it weights, or compute it"
+                )
+
+    def _may_lack(self, region: str) -> bool:
+        """Whether a graph may have no such region: it was removed, or its block, or parts of it."""
+        block = region.partition("/")[0]
+        return any(name in (region, block) or name.startswith(f"{region}/") for name in self.removed)
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file."""
@@ -326,6 +372,7 @@ class Plan:
             "measured": self.measured,
             "quantization": None,
             "attention": None,
+            "pruned": list(self.pruned),
         }
         if heads := self.attention:
             header["attention"] = {"layers": list(heads.layers), "order": heads.order}
@@ -392,6 +439,7 @@ class Plan:
             if header.attention
             else None,
             arrays.get("across"),
+            tuple(header.pruned),
         )
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def draw_map(summary: "Summary", path: str | Path) -> None:
-    """Draws the step × region map of a trajectory, one panel a stream: dark computed, light reused."""
+    """Draws the step × region map of a trajectory, one panel a stream: dark computed, light reused, orange pruned."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -23,11 +23,11 @@ def draw_map(summary: "Summary", path: str | Path) -> None:
     panels = figure.subplots(len(summary.streams), 1, squeeze=False)[:, 0]
     for panel, stream in zip(panels, summary.streams):
         panel.imshow(
-            stream.computed.T,
+            (stream.computed + 2 * stream.pruned).T,
             aspect="auto",
-            cmap=ListedColormap(["#dfe6ee", "#1f4e79"]),
+            cmap=ListedColormap(["#dfe6ee", "#1f4e79", "#e08a3c"]),
             vmin=0,
-            vmax=1,
+            vmax=2,
             interpolation="nearest",
         )
         panel.set_yticks(range(len(names)), names, fontsize=7)
@@ -38,7 +38,7 @@ def draw_map(summary: "Summary", path: str | Path) -> None:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_xlabel("step")
         panel.set_title(
-            f"stream {stream.name}: dark = computed, light = reused "
+            f"stream {stream.name}: dark = computed, light = reused, orange = pruned "
             f"(share of all streams {summary.computed_share:.2f})",
             fontsize=9,
             loc="left",

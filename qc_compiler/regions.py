@@ -11,7 +11,7 @@ import itertools
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from .graph import (
 
 aten = torch.ops.aten
 
-_ADD = {aten.add.Tensor, aten.sub.Tensor}
+ADDITIONS = {aten.add.Tensor, aten.sub.Tensor}
 _CARRIES_ON = {  # ops that a residual stream passes through unchanged in meaning
     aten.clone.default,
     aten.contiguous.default,
@@ -235,7 +235,7 @@ def residual_chain(result: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:
     """
     if result not in inside:
         return [result] if is_activation(result) else []
-    if result.target in _ADD:
+    if result.target in ADDITIONS:
         candidates = [arg for arg in result.args[:2] if isinstance(arg, fx.Node)]
         if result.target is aten.sub.Tensor:
             candidates = candidates[:1]
@@ -266,14 +266,14 @@ def structure(block: Block) -> tuple[Any, ...]:
         return str(value)
 
     return (
-        tuple(_layout(node.meta.get("val")) for node in block.inputs),
+        tuple(layout_of(node.meta.get("val")) for node in block.inputs),
         tuple((str(n.target), describe(n.args), describe(tuple(n.kwargs.items()))) for n in block.nodes),
         describe(block.outputs),
         tuple(None if base is None else index[base] for base in block.bases),
     )
 
 
-def _layout(val: Any) -> str:
+def layout_of(val: Any) -> str:
     if isinstance(val, torch.Tensor):
         return f"{val.dtype}{list(val.shape)}{list(val.stride())}{val.device}"
     return str(val)
@@ -293,7 +293,7 @@ def find_sublayers(body: fx.GraphModule, bases: Sequence[int | None]) -> tuple[l
             continue
         stream |= set(chain)
         for before, node in itertools.pairwise(chain):
-            if node.target in _ADD:
+            if node.target in ADDITIONS:
                 branches += [arg for arg in node.all_input_nodes if arg is not before and arg in inside]
     cones = {branch: _cone(branch, stream) for branch in branches}
     found, skips = [], []
@@ -310,6 +310,21 @@ def find_sublayers(body: fx.GraphModule, bases: Sequence[int | None]) -> tuple[l
             continue
         found.append(SubLayer(kind, ordered, tuple(sorted(group, key=order.__getitem__)), num_heads))
     return sorted(found, key=lambda sub: order[sub.outputs[0]]), skips
+
+
+def sublayer_names(sublayers: Sequence[SubLayer], gone: Collection[str] = ()) -> list[str]:
+    """Returns what stands behind the slash in the names of sub-layers' regions: `mlp`, or `mlp1` and `mlp2`.
+
+    Args:
+        sublayers: Of one body.
+        gone: Names of those that left it: the others keep theirs.
+    """
+    kinds, names = [sub.kind for sub in sublayers], []
+    for i, kind in enumerate(kinds):
+        total = kinds.count(kind) + sum(name.rstrip("0123456789") == kind for name in gone)
+        numbered = [f"{kind}{number + 1}" for number in range(total)] if total > 1 else [kind]
+        names.append([name for name in numbered if name not in gone][kinds[:i].count(kind)])
+    return names
 
 
 def _cone(branch: fx.Node, stream: set[fx.Node]) -> set[fx.Node]:

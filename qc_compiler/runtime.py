@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .compensation import compensate
-from .controllers import Controller, History, PrecisionRule, Step, controller, precision_rule
+from .controllers import Controller, History, PrecisionRule, Step, controller, precision_rule, pruning_rule
 from .errors import OptionError, PlanError
 from .extrapolation import polynomial_weights
 from .graph import Interface
@@ -101,6 +101,7 @@ class _PendingStep:
     precision: NDArray[np.int_] | None = None
     modes: NDArray[np.int32] | None = None  # of the attention heads
     floor: NDArray[np.float32] | None = None  # what quantization alone adds to the change of each region
+    pruned: NDArray[np.bool_] | None = None  # None where nothing is
     num_bounded: int = 0
     read: Step | None = None
 
@@ -115,7 +116,7 @@ class _PendingStep:
                 change, floor = statistics[:, Statistic.CHANGE], np.where(self.computed, self.floor, 0)
                 self.num_bounded = int((change < floor).sum())
                 np.maximum(change, floor, out=change, where=~np.isnan(change))
-            self.read, self.pending = Step(self.index, self.computed, statistics), ()
+            self.read, self.pending = Step(self.index, self.computed, statistics, self.pruned), ()
         return self.read
 
 
@@ -179,12 +180,11 @@ class Runtime:
         with self._lock:
             options = changed(self.options, changes)
             if self.interface is not None:
-                regions = tuple(region.name for region in self.interface.regions)
                 if options.plan is not None:
-                    options.plan.check_model(self.fingerprint, regions)
+                    options.plan.check_model(self.fingerprint, self.interface.names, self.interface.fixed)
                 if options.plan and options.plan.attention and self.interface.layers:
                     Heads(options.plan.attention, self.interface.layers)
-                if options.has_probe and "probe" not in regions:
+                if options.has_probe and "probe" not in self.interface.names:
                     raise OptionError("cache='teacache' needs a new torch.compile: this graph has no probe for it")
             self.options = options
 
@@ -265,9 +265,10 @@ class GuardedGraph:
         self.compiled: Any = None  # see Interface
         self.interface, self.runtime = interface, runtime
         self.clock, self.latent, self.parameters, self.symbols = clock, latent, tuple(parameters), symbols
-        self.names = tuple(region.name for region in interface.regions)
+        self.names = interface.names
         self.output_region = self.names.index("output") if "output" in self.names else None
         self._speaking = [self._speaks_for(site.block) for site in interface.sites]
+        self._prunable = np.array([region.prunable for region in interface.regions])
         self._groups = np.array([region.group for region in interface.regions])
         self._floors: tuple[Any, NDArray[np.float32]] | None = None  # of the plan's noise, for our regions
         self._rule: tuple[Options, PrecisionRule] | None = None  # for precisions, under these options
@@ -290,9 +291,11 @@ class GuardedGraph:
         coordinate = float(index) if timestep is None else timestep
         before = self._before(key, position)
         compute, weights, across = self._decide(state, position, coordinate, inputs, before)
+        left_out = ~compute & ~weights.any(axis=1)
+        pruned = left_out if left_out.any() else None
         precision, correction = None, self._compensation(position, coordinate)
         if self.output_region is not None and not compute[self.output_region]:
-            compute = np.zeros_like(compute)
+            compute, pruned = np.zeros_like(compute), None
             predicted = self._extrapolate_output(state, weights, across, before)
             results = self._corrected(predicted, correction)
             heads, made = None, _Made([], [], [], 0.0)
@@ -302,7 +305,7 @@ class GuardedGraph:
             results, made = self._run(inputs, state, compute, weights, heads, precision, correction)
             predicted = made.slots[self.output_region] if self.output_region is not None else []
         modes = None if heads is None else heads[0]
-        self._commit(key, position, state, timestep, coordinate, compute, precision, modes, made)
+        self._commit(key, position, state, timestep, coordinate, compute, pruned, precision, modes, made)
         if across is not None:
             if compute.any():
                 state.beside.appendleft(before)
@@ -384,7 +387,10 @@ class GuardedGraph:
     def _decide(
         self, state: StreamState, position: Position, coordinate: float, inputs: Sequence[Any], before: list[Tensor]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32] | None]:
-        """Returns bool (R,), float32 (R, depth), and float32 (1 + depth,) if the plan mixes streams."""
+        """Returns bool (R,), float32 (R, depth), and float32 (1 + depth,) if the plan mixes streams.
+
+        A region that is not computed and has no weight is pruned.
+        """
         self._drop_bad_slots(state)
         options, pilot = self.runtime.options, self.runtime.pilot
         decided = pilot.decide(self, position, state, inputs, before) if pilot is not None else None
@@ -393,26 +399,36 @@ class GuardedGraph:
         if decided is None:
             decided = self._by_rule(controller(options), state, position, coordinate)
         compute, weights, across = decided[0].copy(), decided[1], decided[2]
-        if across is not None and _missing(across, [before, *state.beside]):
-            compute[:] = True
-        compute |= [len(slots) < max(1, _needed(row)) for slots, row in zip(state.history, weights)]
-        compute = _agree(compute, options.process_group)
+        least = np.where(self._prunable, 0, 1)
+        lacking = [len(slots) < max(n, _needed(row)) for n, slots, row in zip(least, state.history, weights)]
+        if self.output_region is not None and not compute[self.output_region]:
+            lacks_other = across is not None and _missing(across, [before, *state.beside])
+            compute[:] |= lacking[self.output_region] or lacks_other  # it was to be skipped as a whole
+        compute = _agree(compute | lacking, options.process_group)
         if self.output_region is not None and not compute[self.output_region]:
             compute[:] = False  # nothing runs at all
+        if options.prune is not None and pilot is None and compute.any():
+            pruned = compute & self._redundant(state, position)
+            compute = _agree(compute & ~pruned, options.process_group)
+            weights = np.where(pruned[:, None], 0, weights)
         return compute, weights, across
+
+    def _redundant(self, state: StreamState, position: Position) -> NDArray[np.bool_]:
+        """Returns bool (R,): which regions the rule for pruning leaves out; none whose slot is to be filled."""
+        if not state.steps:
+            return np.zeros(len(self.names), dtype=np.bool_)
+        steps = [step.resolve() for step in state.steps]
+        history = History(steps, position.step, position.trajectory.num_steps, self.names)
+        filled = np.array([bool(slots) for slots in state.history])
+        return pruning_rule(self.runtime.options).decide(history) & self._prunable & filled
 
     def _by_plan(
         self, plan: Plan, position: Position, coordinate: float
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32] | None]:
         at = plan.index_of(position.stream), self._step_of(plan, position, coordinate)
-        compute, weights = plan.compute[at], plan.weights[at]
+        columns = plan.columns(self.names)
         across = None if plan.across is None else plan.across[at]
-        if len(compute) == len(self.names):
-            return compute, weights, across
-        everywhere = np.full(len(self.names), compute[0])  # a schedule of the output alone: blocks follow it
-        padded = np.zeros((len(self.names), weights.shape[1]), dtype=np.float32)
-        padded[:1] = weights
-        return everywhere, padded, across
+        return plan.compute[at][columns], plan.weights[at][columns], across
 
     def _step_of(self, plan: Plan, position: Position, coordinate: float) -> int:
         step = plan.step_of(coordinate) if self.clock is not None else position.step
@@ -423,12 +439,13 @@ class GuardedGraph:
     def _by_rule(
         self, rule: Controller, state: StreamState, position: Position, coordinate: float
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32], None]:
-        steps = [step.resolve() for step in state.steps]
+        steps = _carried([step.resolve() for step in state.steps])
         if self.runtime.options.level.endswith("group"):
             steps = [_tied(step, self._groups) for step in steps]
         compute = np.ones(len(self.names), dtype=np.bool_)
         if steps:
             compute = rule.decide(History(steps, position.step, position.trajectory.num_steps, self.names))
+        compute |= [not slots for slots in state.history]
         if "probe" in self.names:
             compute[self.names.index("probe")] = True
         weights = np.zeros((len(self.names), self.interface.depth), dtype=np.float32)
@@ -454,9 +471,10 @@ class GuardedGraph:
         if options.plan is None or not options.scheduled:
             return np.full(len(self.names), options.cache != "off")
         following = self._step_of(options.plan, position, coordinate) + 1
-        computed = options.plan.compute[options.plan.index_of(position.stream)]
-        reused = ~computed[following] if following < len(computed) else np.zeros(1, dtype=np.bool_)
-        return reused if len(reused) == len(self.names) else np.full(len(self.names), reused[0])
+        plan, following = options.plan, self._step_of(options.plan, position, coordinate) + 1
+        if following >= plan.num_steps:
+            return np.zeros(len(self.names), dtype=np.bool_)
+        return ~plan.compute[plan.index_of(position.stream), following][plan.columns(self.names)]
 
     def _floor(self, precision: NDArray[np.int_] | None) -> NDArray[np.float32] | None:
         """Returns float32 (R,): the change that quantization alone makes appear, at the lowest precision in use."""
@@ -569,10 +587,9 @@ class GuardedGraph:
         for slot in self.interface.slots:
             for _ in slot.shapes:
                 fresh[slot.region].append(next(parts))
-        if compute.all():
-            num_bytes = self.interface.depth * sum(t.nbytes for tensors in fresh for t in tensors)
-            num_bytes += sum(t.nbytes for t in kept_heads)
-            self.runtime.peak_slot_bytes = max(self.runtime.peak_slot_bytes, num_bytes)
+        num_bytes = self.interface.depth * sum(t.nbytes for tensors in fresh for t in tensors)
+        num_bytes += sum(t.nbytes for t in kept_heads)
+        self.runtime.peak_slot_bytes = max(self.runtime.peak_slot_bytes, num_bytes)
         return tuple(results), _Made(rows, fresh, kept_heads, seconds)
 
     def _extrapolate_output(
@@ -607,6 +624,7 @@ class GuardedGraph:
         timestep: float | None,
         coordinate: float,
         compute: NDArray[np.bool_],
+        pruned: NDArray[np.bool_] | None,
         precision: NDArray[np.int_] | None,
         modes: NDArray[np.int32] | None,
         made: "_Made",
@@ -624,7 +642,7 @@ class GuardedGraph:
         if position.turn >= len(trajectory.streams):
             trajectory.streams.append(state)
         floor = self._floor(precision) if compute.any() else None
-        state.steps.append(_PendingStep(position.step, timestep, compute, made.rows, precision, modes, floor))
+        state.steps.append(_PendingStep(position.step, timestep, compute, made.rows, precision, modes, floor, pruned))
         for r in np.flatnonzero(compute):
             if made.slots and made.slots[r]:
                 state.history[r].appendleft((coordinate, made.slots[r]))
@@ -705,6 +723,20 @@ def _needed(weights: NDArray[np.float32]) -> int:
 def _missing(weights: NDArray[np.float32], known: Sequence[list[Tensor]]) -> bool:
     """Whether a row of weights reads what is not known."""
     return any(w != 0 and (i >= len(known) or not known[i]) for i, w in enumerate(weights))
+
+
+def _carried(steps: Sequence[Step]) -> list[Step]:
+    """Returns steps at which pruned regions count as computed, with the statistics they had when they last were."""
+    if all(step.pruned is None for step in steps):
+        return list(steps)
+    seen, last = [], np.zeros_like(steps[0].statistics)
+    for step in steps:
+        if step.pruned is not None:
+            rows = np.where(step.pruned[:, None], last, step.statistics)
+            step = Step(step.index, step.computed | step.pruned, rows)
+        last = np.where(step.computed[:, None], step.statistics, last)
+        seen.append(step)
+    return seen
 
 
 def _tied(step: Step, groups: NDArray[np.int_]) -> Step:

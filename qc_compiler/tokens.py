@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .cost import hint
+from .costs import hint
 from .graph import args_of, body_of, invoke_subgraph, is_parameter, is_tensor, placeholders
 
 aten = torch.ops.aten

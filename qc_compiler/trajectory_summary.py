@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .attention import WINDOW, attended_share
-from .cost import hint
+from .costs import hint
 from .errors import QuantCacheError
 from .graph import AttentionSite, Interface, RegionSpec
 from .registry import runtime_of
@@ -28,7 +28,8 @@ class StreamSummary:
         name: The user's name for it, or the number of the call among those with one timestep.
         timesteps: Of its steps; None where the model has no timestep input.
         computed: bool (N, R): which region was computed at which step.
-        statistics: float32 (N, R, len(Statistic)), zero where a region was reused.
+        pruned: bool (N, R): which was left out; the others were reused.
+        statistics: float32 (N, R, len(Statistic)), zero where a region was not computed.
         slot_bytes: What its slots hold now.
         num_bounded: How many of its changes lay below the noise floor of the quantization, and count as that.
         precision: int (N, S): which scheme each site took at a step, -1 where it was reused; None without a choice.
@@ -39,6 +40,7 @@ class StreamSummary:
     name: str
     timesteps: tuple[float | None, ...]
     computed: NDArray[np.bool_]
+    pruned: NDArray[np.bool_]
     statistics: NDArray[np.float32]
     slot_bytes: int
     num_bounded: int = 0
@@ -88,6 +90,11 @@ class Summary:
         """Part of the block computations that was run, weighted by their floating point operations."""
         return computed_share(self.regions, [stream.computed for stream in self.streams])
 
+    @property
+    def pruned_share(self) -> float:
+        """Part of the block computations that was left out, weighted likewise."""
+        return computed_share(self.regions, [stream.pruned for stream in self.streams])
+
     def plot(self, path: str | Path) -> None:
         """Draws the step × region map of every stream into a PNG."""
         from .plot import draw_map
@@ -105,6 +112,8 @@ class Summary:
                 f"{_bytes(self.peak_slot_bytes)} a stream · host {self.overhead_ms:.2f} ms a step",
                 highlight=False,
             )
+            if self.pruned_share:
+                console.print(f"pruned share {self.pruned_share:.3f}", highlight=False)
             if num_bounded := sum(stream.num_bounded for stream in self.streams):
                 changes = f"{num_bounded} change" + ("s" if num_bounded != 1 else "")
                 console.print(f"{changes} lay below the noise floor", highlight=False)
@@ -122,14 +131,14 @@ class Summary:
         table = Table(title=f"stream {stream.name}: {len(stream.computed)} steps", title_justify="left")
         for heading in ("region", "computed", "Γ", "change", "cosine", "motion"):
             table.add_column(heading, justify="left" if heading == "region" else "right")
-        table.add_column("steps (█ computed, · reused)")
+        table.add_column("steps (█ computed, · reused" + (", × pruned)" if stream.pruned.any() else ")"))
         for r, region in enumerate(self.regions):
             ran = stream.computed[:, r]
             rows = stream.statistics[ran, r]
             later = rows[1:] if len(rows) > 1 else rows  # the first has nothing to compare with
             columns = (Statistic.GAMMA, Statistic.CHANGE, Statistic.COSINE, Statistic.MOTION)
             means = [f"{later[:, c].mean():.3f}" if len(rows) > 1 else "–" for c in columns]
-            marks = "".join("█" if run else "·" for run in ran)
+            marks = "".join("█" if run else "·×"[int(out)] for run, out in zip(ran, stream.pruned[:, r]))
             table.add_row(region.name, f"{ran.sum()}/{len(ran)}", *means, marks)
         return table
 
@@ -179,6 +188,7 @@ def _stream_summary(name: str, state: StreamState, interface: Interface) -> Stre
         name,
         tuple(step.timestep for step in state.steps),
         np.array([step.computed for step in state.steps]),
+        np.array([np.zeros_like(step.computed) if step.pruned is None else step.pruned for step in state.steps]),
         np.array([step.resolve().statistics for step in state.steps]),
         sum(t.nbytes for t in (*kept, *(t for slots in state.history for _, tensors in slots for t in tensors))),
         sum(step.num_bounded for step in state.steps),  # known once their statistics were read, above

@@ -30,7 +30,7 @@ from ..heads import ASK, half_width
 from ..plan import HeadPlan, Plan
 from ..registry import runtime_of
 from ..runtime import GuardedGraph, Position
-from .recording import run_steered
+from .recording import COMPUTE_ALL, run_steered
 
 WINDOWS = (1 / 8, 1 / 16, 1 / 32)
 INT8_SAVES = 0.25  # of a head: half of its operations, at twice the rate
@@ -148,6 +148,24 @@ def choose_heads(errors: NDArray[Any], savings: NDArray[Any], budget: float) -> 
     )
     taken = result.x.reshape(heads, count) > 0.5
     return np.where(taken.any(axis=1), taken.argmax(axis=1), -1)
+
+
+def calibrate_heads(
+    module: Any,
+    generate: Callable[[Any], Any],
+    plan: Plan,
+    budget: float,
+    windows: Sequence[float] = WINDOWS,
+    order: str = "raster",
+    *,
+    emulate: bool = False,
+    backend: Any = "quantcache",
+) -> Plan:
+    """Returns `plan` with what the heads of a model do; see `qc_compiler.calibration.calibrate`."""
+    blank = HeadPlan((), np.zeros((1, 1, 0, 0), dtype=np.float32), order)
+    options = COMPUTE_ALL | {"plan": replace(plan, compensation=None, attention=blank), "emulate": emulate}
+    compiled = torch.compile(module, backend=backend, options=options)
+    return find_heads(compiled, generate, HeadSearch(budget, windows), plan)
 
 
 def find_heads(compiled: Any, generate: Callable[[Any], Any], search: HeadSearch, plan: Plan) -> Plan:

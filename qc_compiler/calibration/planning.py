@@ -10,25 +10,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..attention import INT8
 from ..errors import OptionError, QuantCacheError, nearest
 from ..formats.schemes import recipe_of
 from ..options import check_bits
-from ..plan import TOKEN_ORDERS, HeadPlan, Plan
+from ..plan import TOKEN_ORDERS, Plan
 from ..registry import runtime_of
-from .attention import WINDOWS, HeadSearch, find_heads
+from .attention import WINDOWS, calibrate_heads
 from .importance import measure
-from .recording import Recording, run_steered
+from .recording import COMPUTE_ALL, Recording, run_steered
 from .samples import Calls
 from .schedule import find_schedule
 from .selection import SELECTIONS
 from .sites import SiteRunner
 from .variance import fit_compensation
-
-FULL: dict[str, Any] = {"cache": "static", "interval": 1, "level": "output", "strict": True}  # computes every step
 
 
 def calibrate(
@@ -103,13 +100,11 @@ def calibrate(
         plan = find_schedule(module, generate, share, budget=budget, level=level, progress=progress, backend=backend)
     if attention is not None:
         plan = plan or Plan.without_schedule("")
-        blank = HeadPlan((), np.zeros((1, 1, 0, 0), dtype=np.float32), token_order)
-        options = FULL | {"plan": replace(plan, compensation=None, attention=blank), "emulate": emulate}
-        compiled = torch.compile(module, backend=backend, options=options)
-        plan = find_heads(compiled, generate, HeadSearch(attention, windows), plan)
+        how = {"emulate": emulate, "backend": backend}
+        plan = calibrate_heads(module, generate, plan, attention, windows, token_order, **how)
     if quantize is not None:
         known = replace(plan, quantization=None, compensation=None) if plan else None
-        compiled = torch.compile(module, backend=backend, options=FULL | ({"plan": known} if known else {}))
+        compiled = torch.compile(module, backend=backend, options=COMPUTE_ALL | ({"plan": known} if known else {}))
         calls = Calls()
         run_steered(compiled, generate, calls)
         runtime = runtime_of(compiled)
@@ -121,8 +116,8 @@ def calibrate(
         plan = replace(plan, quantization=measure(runner, pairs, quantize, bits, progress))
     if compensate:
         recording = Recording()
-        run_steered(torch.compile(module, backend=backend, options=FULL), generate, recording)
-        options = {name: value for name, value in FULL.items() if name != "level"}  # that follows from the plan
+        run_steered(torch.compile(module, backend=backend, options=COMPUTE_ALL), generate, recording)
+        options = {name: value for name, value in COMPUTE_ALL.items() if name != "level"}  # that follows from the plan
         options |= {"emulate": emulate} | ({"plan": replace(plan, compensation=None)} if plan else {"level": "output"})
         plan = fit_compensation(torch.compile(module, backend=backend, options=options), generate, recording, plan)
     assert plan is not None

@@ -13,6 +13,8 @@ from ..errors import OptionError, QuantCacheError
 from ..registry import runtime_of
 from ..runtime import GuardedGraph, Position
 
+COMPUTE_ALL: dict[str, Any] = {"cache": "static", "interval": 1, "level": "output", "strict": True}  # every step
+
 
 @dataclass
 class Recording:

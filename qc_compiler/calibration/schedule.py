@@ -38,11 +38,10 @@ from ..plan import Plan
 from ..registry import runtime_of
 from ..runtime import GuardedGraph, Position, Runtime, StreamState
 from ..trajectory_summary import computed_share
-from .recording import Recording, flat, run_steered
+from .recording import COMPUTE_ALL, Recording, flat, run_steered
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
 GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
-COMPUTE_ALL: dict[str, Any] = {"cache": "static", "interval": 1, "cache_order": DEPTH - 1, "strict": True}
 PARTS = (0.6, 0.7)  # of the work of all streams that one of them may get
 RIDGE = 1e-5  # relative; keeps the fitted weights near polynomial extrapolation where the data does not decide
 
@@ -67,7 +66,9 @@ def find_schedule(
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling and recording", total=num_candidates + 1)
         compiled = torch.compile(
-            getattr(model, "_orig_mod", model), backend=backend, options=COMPUTE_ALL | {"level": level}
+            getattr(model, "_orig_mod", model),
+            backend=backend,
+            options=COMPUTE_ALL | {"level": level, "cache_order": DEPTH - 1},
         )
         recording = Recording()
         reference = run_steered(compiled, generate, recording)
@@ -103,6 +104,7 @@ class ScheduleSearch:
         self.compiled, self.generate, self.recording, self.reference = compiled, generate, recording, reference
         self.level, self.tell = level, tell
         self.gain = GAINS[0]
+        self.best: Schedules = ()
         self._measured: dict[tuple[Schedules, float], tuple[float, ClosedLoop]] = {}
 
     def find(self, count: int, num_candidates: int) -> Plan:
@@ -118,6 +120,7 @@ class ScheduleSearch:
         partial = rest // 3 if len(regions) > 1 else 0
         best = self._improve(best, lambda now: moves(now, num_steps), rest - partial)
         best = self._improve(best, lambda now: exchanges(now, num_steps, regions), partial)
+        self.best = best
         return self.plan(best)
 
     def plan(self, schedules: Schedules) -> Plan:
@@ -137,7 +140,11 @@ class ScheduleSearch:
 
     @property
     def _runtime(self) -> Runtime:
-        return runtime_of(self.compiled)
+        try:
+            return runtime_of(self.compiled)
+        except QuantCacheError:  # not compiled yet
+            self.generate(self.compiled)
+            return runtime_of(self.compiled)
 
     def _best(self, candidates: Sequence[Schedules]) -> Schedules:
         return min(candidates, key=lambda schedules: self.measure(schedules, self.gain)[0])

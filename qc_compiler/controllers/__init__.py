@@ -11,6 +11,7 @@ from .dmpq import DMPQ
 from .first_block import FirstBlock
 from .hlc import HLC
 from .magcache import MagCache
+from .srap import SRAP
 from .static import Static
 from .tdc import TDC
 from .teacache import TeaCache
@@ -19,6 +20,7 @@ __all__ = [
     "AIGQ",
     "DMPQ",
     "HLC",
+    "SRAP",
     "TDC",
     "Controller",
     "FirstBlock",
@@ -30,6 +32,7 @@ __all__ = [
     "TeaCache",
     "controller",
     "precision_rule",
+    "pruning_rule",
 ]
 
 
@@ -67,3 +70,9 @@ def precision_rule(options: Options, sites: Sequence[SiteSpec]) -> PrecisionRule
     outliers = tuple(map(bool, known.has_outliers[at])) if len(options.schemes) > 2 else ()
     given = {"threshold": known.threshold} | given
     return DMPQ(**given, alpha=tuple(known.alpha[at]), beta=tuple(known.beta[at]), outliers=outliers)
+
+
+def pruning_rule(options: Options) -> SRAP:
+    """Returns the rule for pruning, with its own default where the options are silent."""
+    given = {"threshold": options.prune_threshold, "seed": options.prune_seed}
+    return SRAP(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

@@ -18,12 +18,15 @@ class Step:
     Attributes:
         index: Number of the step in its trajectory, from 0.
         computed: bool (R,): which regions were computed.
-        statistics: float32 (R, len(Statistic)); a row holds zeros where its region was reused.
+        statistics: float32 (R, len(Statistic)); a row holds zeros where its region was not computed.
+        pruned: bool (R,): which were left out; the others were reused. Rules for caching see these as computed, with
+            the statistics they had when they last were; None stands for no region.
     """
 
     index: int
     computed: NDArray[np.bool_]
     statistics: NDArray[np.float32]
+    pruned: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

@@ -49,13 +49,13 @@ def seconds(kernel: LinearKernel, scheme: Scheme, shape: LinearShape, device: to
     shape = replace(shape, rows=min(shape.rows, MAX_ROWS))
     size = f"{shape.rows}x{shape.inner}x{shape.outer}"
     key = "|".join(
-        (torch.__version__, _device_name(device), kernel.name, scheme.weight, scheme.activation, str(shape.dtype), size)
+        (torch.__version__, device_name(device), kernel.name, scheme.weight, scheme.activation, str(shape.dtype), size)
     )
     with _lock:
         known = _read()
         if key not in known:
             known[key] = _measure(kernel, scheme, shape, device)
-            _write(known)
+            write_measured(cache_path("kernels.json"), json.dumps(known, indent=1))
         plain, quantized = known[key]
         return plain, quantized
 
@@ -85,7 +85,8 @@ def _median(run: Callable[[], Any], device: torch.device) -> float:
 
 
 @cache
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """Returns what measured times belong to: the GPU's model, or the CPU's and how many threads PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()} {torch.get_num_threads()} threads"
@@ -101,26 +102,27 @@ def cpu_name() -> str:
     return next(models, "") or platform.processor() or platform.machine()
 
 
-def _path() -> Path:
+def cache_path(name: str) -> Path:
+    """Returns where a file of measurements lies in the user's cache directory."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "quantcache", "kernels.json")
+    return Path(root, "quantcache", name)
 
 
 def _read() -> dict[str, list[float]]:
     try:
-        known = json.loads(_path().read_text())
+        known = json.loads(cache_path("kernels.json").read_text())
     except (OSError, ValueError):
         return {}
     valid = isinstance(known, dict) and all(isinstance(v, list) and len(v) == 2 for v in known.values())
     return known if valid else {}
 
 
-def _write(known: dict[str, list[float]]) -> None:
-    path = _path()
+def write_measured(path: Path, text: str) -> None:
+    """Writes a file at once; one that cannot be written is measured again the next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(known, indent=1))
+        part.write_text(text)
         part.replace(path)
     except OSError:
-        pass  # a cache that cannot be written is measured again
+        pass

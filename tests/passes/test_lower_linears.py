@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from capture import apply, capture, submodules
 from passes import LowerLinears, Normalize, QuantizeLinears, ShareBodies
-from qc_compiler.cost import flops_of
+from qc_compiler.costs import flops_of
 from qc_compiler.formats.schemes import SCHEMES, recipe_of
 from qc_compiler.graph import body_calls, body_of, placeholders
 from qc_compiler.kernels.int8_cpu import Int8CPU

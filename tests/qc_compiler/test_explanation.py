@@ -32,6 +32,25 @@ def test_explain_shows_passes_regions_and_inputs(inputs):
     assert "blocks.2" in str(explanation)
 
 
+def test_explain_shows_what_is_pruned_and_what_parameters_are_left(inputs):
+    model, plan = tiny_dit(), qc_compiler.Plan.without_schedule("", pruned=("blocks.0", "blocks.2/mlp"))
+    options = {"cache": "static", "level": "block"}
+    explanation = qc_compiler.explain(model, *inputs, options=options | {"plan": plan})
+    (graph,) = explanation.graphs
+    assert [(run.name, run.report.changed) for run in graph.runs][1:3] == [("share-bodies", 3), ("prune", 2)]
+    assert [line[0].split()[0] for line in graph.regions] == ["blocks.1", "blocks.2"]
+    assert (graph.regions[1][1:], graph.pruned) == (("attention, 4 heads",), ("blocks.0", "blocks.2/mlp"))
+    size = f"{graph.parameter_bytes / 2**20:.2f}"
+    assert f"parameters {size} MiB" in str(explanation)
+    assert "pruned: blocks.0, blocks.2/mlp" in str(explanation)
+
+
+def test_parameters_of_quantized_linears_are_read_too(inputs):
+    model, options = tiny_dit(), {"cache": "off", "quantize": "w8a8", "emulate": True}
+    (graph,) = qc_compiler.explain(model, *inputs, options=options).graphs
+    assert graph.parameter_bytes == sum(p.nbytes for p in model.parameters())
+
+
 def test_explain_says_why_a_model_is_left_alone():
     explanation = qc_compiler.explain(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(2, 4))
     assert explanation.graphs[0].plain == "no transformer blocks were found"

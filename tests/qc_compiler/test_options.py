@@ -394,3 +394,49 @@ def test_the_order_of_tokens_is_built_into_a_graph():
     for other, name in ((plan_of_heads("time"), "time"), (plan_of_linears(None), None), (None, None)):
         with pytest.raises(OptionError, match=f"plan=… whose attention is {name} needs a new torch.compile: .* raster"):
             changed(options, {"plan": other})
+
+
+def test_srap_reads_the_statistics_of_blocks():
+    assert parse_options({"prune": "srap"}).level == "output+block"
+    assert parse_options({"prune": "srap", "cache": "off"}).level == "block"
+    assert parse_options({"prune": "srap", "cache": "static", "level": "group"}).level == "group"
+    scheduled = parse_options({"prune": "srap", "plan": plan("output", regions=("output",))})
+    assert scheduled.level == "output+block"
+    assert not parse_options({"prune": "srap", "cache": "off"}).exact
+
+
+@pytest.mark.parametrize("level", ["output", "network", "sublayer", "output+sublayer"])
+def test_srap_refuses_levels_without_blocks(level):
+    with pytest.raises(OptionError, match=f"level='{re.escape(level)}' must be 'block', 'group' or 'output"):
+        parse_options({"prune": "srap", "cache": "static", "level": level})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prune", "sarp", "did you mean 'srap'"),
+        ("prune", True, "prune=True"),
+        ("prune_threshold", 1.1, "expected a number from 0 to 1"),
+        ("prune_threshold", "a", "expected a number from 0 to 1"),
+        ("prune_seed", -1, "expected a whole number of at least 0"),
+        ("prune_seed", 0.5, "expected a whole number of at least 0"),
+    ],
+)
+def test_values_of_pruning_are_checked(name, value, message):
+    with pytest.raises(OptionError, match=message):
+        parse_options({"prune": "srap", name: value})
+
+
+def test_a_plan_that_only_prunes_rewrites_the_graph_and_guards_nothing():
+    pruning = Plan.without_schedule("", pruned=("blocks.1",))
+    options = parse_options({"cache": "off", "plan": pruning})
+    assert (options.exact, options.caches, options.pruned) == (False, False, ("blocks.1",))
+    assert parse_options({"cache": "off", "plan": Plan.without_schedule("")}).exact
+
+
+def test_what_steers_srap_may_change_and_what_is_removed_may_not():
+    options = parse_options({"prune": "srap"})
+    new = changed(options, {"prune_threshold": 0.9, "prune_seed": 3})
+    assert (new.prune_threshold, new.prune_seed) == (0.9, 3)
+    with pytest.raises(OptionError, match="that removes blocks.1 needs a new torch.compile"):
+        changed(options, {"plan": Plan.without_schedule("", pruned=("blocks.1",))})

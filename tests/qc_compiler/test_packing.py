@@ -13,6 +13,7 @@ from qc_compiler import Plan
 from qc_compiler.errors import OptionError, PackedFileError, PlanError, QuantCacheError
 from qc_compiler.formats.schemes import SCHEMES
 from qc_compiler.packing import PackedLinear, weight_bytes
+from qc_compiler.plan import Quantization
 from qc_compiler.registry import runtime_of
 from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
@@ -157,7 +158,7 @@ def test_damaged_files_are_refused(tmp_path):
         (whole[: len(whole) // 2], "damaged"),
         (b"", "damaged"),
         (whole.replace(b"int8", b"intX"), "header is invalid"),
-        (whole.replace(b'\\"version\\":2', b'\\"version\\":7'), "version 7"),
+        (whole.replace(b'\\"version\\":3', b'\\"version\\":7'), "version 7"),
         (whole.replace(b"quantcache_packed", b"quantcache_pucked"), "no packed model"),
         (whole.replace(b"float32", b"is_grad"), "invalid"),
     ]:
@@ -421,3 +422,70 @@ def test_a_model_that_was_calibrated_gives_its_float_weights_back():
     qc_compiler.pack_(model, plan)
     gc.collect()
     assert weight() is None
+
+
+# -- blocks that a plan removes
+
+PRUNING = Plan.without_schedule("", pruned=("blocks.1", "blocks.2/mlp"))
+
+
+def test_removed_blocks_are_freed_and_the_compiled_model_is_the_same():
+    model = tiny_dit(3)
+    options = {"cache": "static", "interval": 1, "plan": PRUNING}
+    before, size = compile_eagerly(model, options), weight_bytes(model)
+    expected = sample(before, 2)
+    fingerprint = runtime_of(model).fingerprint
+    assert qc_compiler.pack_(model, PRUNING) is model
+    freed = list(model.blocks[1].parameters())
+    assert weight_bytes(model) == size - sum(p.nbytes for p in freed) + 4 * len(freed)
+    assert all(p.isnan().all() for p in freed)
+    torch._dynamo.reset()
+    assert torch.equal(sample(compile_eagerly(model, options), 2), expected)
+    assert runtime_of(model).fingerprint == fingerprint
+    assert run(model).isnan().all()  # without the plan
+
+
+def test_the_others_are_packed_as_the_plan_says():
+    sites = tuple(f"blocks.{i}.mlp.{j}" for i in range(3) for j in (0, 2))
+    one = np.ones(6, np.float32)
+    known = Quantization("w8a8", sites, np.full(6, 8, np.int8), one, one, one)
+    model = qc_compiler.pack_(tiny_dit(3), Plan.without_schedule("", quantization=known, pruned=("blocks.1",)))
+    packed = [name for name, child in model.named_modules() if isinstance(child, PackedLinear)]
+    assert packed == [site for site in sites if not site.startswith("blocks.1.")]
+    assert all(p.isnan().all() for p in model.blocks[1].parameters())
+    assert not any(p.isnan().any() for p in (*model.blocks[0].parameters(), *model.blocks[2].parameters()))
+
+
+def test_what_is_shared_with_a_block_that_stays_stays():
+    model = tiny_dit(3)
+    model.blocks[1].mlp = model.blocks[0].mlp
+    model.blocks[1].attn.qkv.weight = model.head.weight = nn.Parameter(torch.ones(96, 32), False)
+    qc_compiler.pack_(model, PRUNING)
+    assert not model.blocks[0].mlp[0].weight.isnan().any()
+    assert not model.head.weight.isnan().any()
+    assert model.blocks[1].attn.out.weight.isnan().all()
+
+
+def test_freed_blocks_are_saved_by_their_names(tmp_path):
+    model = qc_compiler.pack_(tiny_dit(3).to(torch.bfloat16), PRUNING)
+    qc_compiler.save_packed(model, tmp_path / "a")
+    assert (tmp_path / "a").stat().st_size < weight_bytes(model) + 8000
+    with torch.device("meta"):
+        loaded = tiny_dit(3)
+    qc_compiler.load_packed(loaded, tmp_path / "a")
+    assert weight_bytes(loaded) == weight_bytes(model)
+    for (name, found), (_, expected) in zip(loaded.named_parameters(), model.named_parameters()):
+        assert (found.dtype, found.stride()) == (expected.dtype, expected.stride()), name
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+        assert found.isnan().any() == name.startswith("blocks.1.")
+
+
+def test_a_file_that_frees_what_the_model_does_not_have(tmp_path):
+    qc_compiler.save_packed(qc_compiler.pack_(tiny_dit(3), PRUNING), tmp_path / "a")
+    with pytest.raises(PackedFileError, match=r"has no blocks\.1\."):
+        qc_compiler.load_packed(tiny_dit(1), tmp_path / "a")
+
+
+def test_a_removed_block_that_the_model_does_not_have():
+    with pytest.raises(PlanError, match="prunes 'blocks.7', which this TinyDiT does not have"):
+        qc_compiler.pack_(tiny_dit(2), Plan.without_schedule("", pruned=("blocks.7",)))

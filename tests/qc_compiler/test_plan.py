@@ -35,7 +35,7 @@ def make(num_steps=3, num_regions=2, depth=2, streams=("0",), **changes):
 
 
 def assert_equal(a, b):
-    for name in ("fingerprint", "level", "regions", "timesteps", "streams", "measured"):
+    for name in ("fingerprint", "level", "regions", "timesteps", "streams", "measured", "pruned"):
         assert getattr(a, name) == getattr(b, name)
     for name in ("compute", "weights"):
         x, y = getattr(a, name), getattr(b, name)
@@ -247,6 +247,7 @@ def header(**changes):
         "measured": {},
         "quantization": None,
         "attention": None,
+        "pruned": [],
     }
     arrays = {"compute": np.ones((1, 1, 1), np.uint8), "weights": np.ones((1, 1, 1, 1), np.float32)}
     fields["checksum"] = plan_module._checksum(fields, arrays)
@@ -630,3 +631,84 @@ def test_a_plan_file_that_was_written_anew_is_read_anew(tmp_path, plan_for_dit):
     assert (other.digest == plan.digest, plan_for_dit("importance", 8).digest == plan.digest) == (False, True)
     other.save(path)
     assert torch.equal(run(plan=str(path)), run(plan=other))
+
+
+# -- what is pruned
+
+
+def pruning(compute, weights=None, regions=("a", "b"), **changes):
+    rows = np.array(compute, dtype=bool)
+    factors = np.zeros((1, *rows.shape, 1), "f4") if weights is None else np.array(weights, "f4")[None, ..., None]
+    fields = {"regions": regions, "timesteps": tuple(map(float, range(len(rows)))), "compute": rows[None]}
+    return make(**{**fields, "weights": factors} | changes)
+
+
+def test_the_names_are_saved_and_count_in_the_digest(tmp_path):
+    plan = make(pruned=("blocks.1", "blocks.0/mlp"))
+    plan.save(tmp_path / "a")
+    assert_equal(Plan.load(tmp_path / "a"), plan)
+    assert len({make(pruned=names).digest for names in ((), ("blocks.1",), ("blocks.1", "blocks.0/mlp"))}) == 3
+
+
+def test_a_file_of_the_version_before_is_refused_by_its_version(tmp_path):
+    arrays, fields = header(version=3)
+    del fields["pruned"]
+    save_file(arrays, tmp_path / "a", metadata={"quantcache_plan": json.dumps(fields)})
+    with pytest.raises(PlanError, match="plan version 3, this quantcache reads 4"):
+        Plan.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("pruned", ["blocks.1", ["blocks.1"], (1,)])
+def test_pruned_is_a_tuple_of_names(pruned):
+    with pytest.raises(PlanError, match="expected a tuple of names"):
+        make(pruned=pruned)
+
+
+def test_what_is_never_computed_and_has_no_weight_is_removed():
+    assert pruning([[1, 0], [1, 0]]).removed == ("b",)
+    assert pruning([[1, 0], [1, 1]]).removed == ()
+    assert pruning([[1, 0], [1, 0]], [[0, 0], [0, 0.5]]).removed == ()
+    assert pruning([[1, 0], [1, 0]], pruned=("c", "b")).removed == ("c", "b")
+
+
+def test_a_weight_in_one_stream_keeps_a_region():
+    weights = np.zeros((2, 2, 2, 1), "f4")
+    weights[1, 0, 1] = 1
+    rows = np.array([[[1, 0], [1, 0]]] * 2, bool)
+    fields = {"regions": ("a", "b"), "timesteps": (1.0, 0.0), "compute": rows, "streams": ("x", "y")}
+    assert make(**fields, weights=weights).removed == ()
+    assert make(**fields, weights=0 * weights).removed == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("pruned", "regions", "fits"),
+    [
+        ((), ("a", "b"), True),
+        ((), ("b", "a"), True),
+        ((), ("a",), False),
+        ((), ("a", "b", "c"), False),
+        (("b",), ("a",), True),
+        (("b/mlp",), ("a",), True),
+        (("c",), ("a",), False),
+    ],
+)
+def test_a_graph_may_lack_what_is_removed_and_nothing_else(pruned, regions, fits):
+    plan = make(pruned=pruned, regions=("a", "b"), compute=np.ones((1, 3, 2), bool))
+    if fits:
+        plan.check_model(FINGERPRINT, regions)
+        assert [plan.regions[column] for column in plan.columns(regions)] == list(regions)
+    else:
+        with pytest.raises(PlanError, match="calibrate this model"):
+            plan.check_model(FINGERPRINT, regions)
+
+
+def test_sublayers_leave_with_their_block():
+    plan = make(1, 2, regions=("a/attention", "b/mlp"), pruned=("b",), compute=np.ones((1, 1, 2), bool))
+    plan.check_model(FINGERPRINT, ("a/attention",))
+
+
+def test_what_cannot_be_pruned_is_refused_with_its_step():
+    plan = pruning([[1, 1], [1, 0]])
+    plan.check_model(FINGERPRINT, ("a", "b"))
+    with pytest.raises(PlanError, match="prunes 'b' at step 1, but a result of it is no residual"):
+        plan.check_model(FINGERPRINT, ("a", "b"), ("b",))

@@ -1034,3 +1034,227 @@ def test_ranks_of_a_process_group_decide_alike(tmp_path):
         results = dict(results)
     assert results[0] == {False: [True] * 3, True: [True] * 3}
     assert results[1] == {False: [True, False, False], True: [True] * 3}
+
+
+# -- pruning: what is not computed and has no weight
+
+THREE = ("blocks.0", "blocks.1", "blocks.2")
+
+
+def pruning_plan(compute, level="block", regions=THREE, weights=1.0, **known):
+    """A plan for the steps at 1000, 900, …; a None in `compute` prunes, a False reuses."""
+    rows = np.array([[bool(entry) for entry in row] for row in compute])
+    factors = np.array([[[0.0 if entry is None else weights] for entry in row] for row in compute], np.float32)
+    return Plan(
+        "", level, regions, tuple(1000.0 - 100 * i for i in range(len(rows))), rows[None], factors[None], **known
+    )
+
+
+class Bypassed(nn.Module):
+    """The model without some of its blocks, and with residuals as they were."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.residuals = model, {}
+
+    def forward(self, x, timestep, row):
+        angles = timestep.float()[:, None] * torch.exp(-torch.arange(8))
+        temb = self.model.time(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        x = self.model.embed(x)
+        for i, (block, entry) in enumerate(zip(self.model.blocks, row)):
+            if entry:
+                self.residuals[i] = block(x, temb) - x
+            x = x if entry is None else x + self.residuals[i]
+        return self.model.head(x)
+
+
+def check_steps(driver, model, compute):
+    reference = Bypassed(model)
+    for i, row in enumerate(compute):
+        x, t = noise(), 1000 - 100 * i
+        with torch.no_grad():
+            expected = reference(x, torch.full((2,), float(t)), row)
+        torch.testing.assert_close(driver(x, t), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_region_without_weight_is_pruned_at_that_step_even_if_it_has_no_slot(model):
+    compute = [(None, True, True), (True, None, False), (False, True, None), (None, False, False)]
+    driver = Driver(plan=pruning_plan(compute))
+    check_steps(driver, model, compute)
+    assert [row.tolist() for row in driver.decisions] == [[bool(entry) for entry in row] for row in compute]
+    assert driver.runtime.peak_slot_bytes == 3 * 2 * 16 * 32 * 4
+
+
+def test_columns_are_found_by_name_where_a_region_has_left(model):
+    compute = [(True, None, True), (False, None, True), (True, None, False)]
+    driver = Driver(plan=pruning_plan(compute))
+    assert driver.graph.names == ("blocks.0", "blocks.2")
+    check_steps(driver, model, compute)
+    shuffled = pruning_plan([(row[2], row[1], row[0]) for row in compute], regions=THREE[::-1])
+    check_steps(Driver(plan=shuffled), model, compute)
+
+
+def test_a_sublayer_that_is_pruned_adds_nothing(model):
+    names = [f"blocks.{i}/{kind}" for i in range(3) for kind in ("attention", "mlp")]
+    plan = pruning_plan([(True, None, True, True, True, True), (True,) * 6], "sublayer", tuple(names))
+    driver = Driver(plan=plan)
+    model.blocks[0].mlp.forward = torch.zeros_like
+    assert_computed(driver(noise(), 1000), model, noise(), 1000)
+
+
+def test_where_a_plan_skips_the_output_nothing_is_pruned(model):
+    """Blocks have no weights at steps that are skipped as a whole; if such a step must be computed, it is in full."""
+    regions = ("output", *THREE)
+    plan = pruning_plan([(True,) * 4, (False, None, None, None), (True, None, True, True)], "output+block", regions)
+    assert plan.removed == ()
+    driver, x = Driver(plan=plan), noise()
+    driver(x, 1000)
+    driver.runtime.trajectories[-1].streams[0].clear_slots()
+    assert_computed(driver(x, 900), model, x, 900)
+    driver(x, 800)
+    assert [row.tolist() for row in driver.decisions] == [[True] * 4, [True] * 4, [True, False, True, True]]
+
+
+@pytest.mark.parametrize("level", ["output", "output+block"])
+def test_an_output_cannot_be_pruned(level):
+    regions = ("output", *THREE)[: 1 if level == "output" else 4]
+    compute = [(True,) * len(regions), (None,) * len(regions)]
+    with pytest.raises(PlanError, match="prunes 'output' at step 1, but a result of it is no residual"):
+        Driver(plan=pruning_plan(compute, level, regions))
+
+
+def test_a_plan_that_removes_something_else_needs_a_new_graph():
+    driver = Driver(plan=pruning_plan([(True, None, True)] * 2))
+    driver.runtime.configure(plan=pruning_plan([(True, None, True), (False, None, True)]))
+    for compute in ([(True, None, None)] * 2, [(True, True, True)] * 2):
+        with pytest.raises(OptionError, match=r"needs a new torch\.compile: this model was compiled without blocks\.1"):
+            driver.runtime.configure(plan=pruning_plan(compute))
+
+
+def test_a_rule_computes_what_has_no_slot(model):
+    """Weights of zero prune only where they were meant."""
+    driver, x = Driver(**LONG), noise()
+    driver(x, 1000)
+    driver.runtime.trajectories[-1].streams[0].history[1].clear()
+    driver(x, 900)
+    assert driver.decisions[-1].tolist() == [False, True, False]
+
+
+# -- SRAP
+
+SRAP = {"cache": "off", "prune": "srap", "prune_threshold": 0.1, "level": "block"}
+
+
+def force(driver, cosine):
+    """Makes the blocks' cosines what `cosine` says."""
+
+    def observed(*args):
+        produced = list(run(*args))
+        for r, value in enumerate(cosine):
+            sums = produced[1 + r].clone()
+            sums[[Sum.DOT, Sum.BEFORE_SQUARED, Sum.AFTER_SQUARED]] = torch.tensor([value, 1.0, 1.0])
+            produced[1 + r] = sums
+        return produced
+
+    run = driver.graph.compiled
+    driver.graph.compiled = observed
+
+
+def srap_driver(cosine, **options):
+    driver = Driver(cache="static", level="block")
+    driver.runtime.options = replace(driver.runtime.options, **SRAP | options)
+    force(driver, cosine)
+    return driver
+
+
+def test_srap_prunes_redundant_blocks_at_computed_steps(model):
+    driver, x = srap_driver((0.999, 0.0, 0.999), prune_threshold=0.995), noise()
+    for i in range(7):
+        found = driver(x, 1000 - 100 * i)
+        with torch.no_grad():
+            row = [True if entry else None for entry in driver.decisions[-1]]
+            expected = Bypassed(model)(x, torch.full((2,), 1000.0 - 100 * i), row)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [row.tolist() for row in driver.decisions] == [
+        [True] * 3,
+        *[[False, True, False]] * 4,
+        [True] * 3,
+        [False, True, False],
+    ]
+
+
+def test_srap_leaves_the_rule_its_rhythm(model):
+    """A block that is pruned where the others are computed is reused where they are."""
+    driver = srap_driver((0.999, 0.0, 0.0), prune_threshold=0.995, cache="static", interval=2)
+    for i in range(6):
+        driver(noise(), 1000 - 100 * i)
+    assert [row.tolist() for row in driver.decisions] == [
+        [True] * 3,
+        [False] * 3,
+        [False, True, True],
+        [False] * 3,
+        [False, True, True],
+        [False] * 3,
+    ]
+    assert [row[0].item() for row in driver.weights[1:]] == [1, 0, 1, 0, 1]
+    steps = driver.runtime.trajectories[-1].streams[0].steps
+    first = [True, False, False]
+    assert [None if step.pruned is None else step.pruned.tolist() for step in steps] == [
+        None,
+        None,
+        first,
+        None,
+        first,
+        None,
+    ]
+
+
+def test_srap_does_not_prune_what_must_be_refilled(model):
+    driver, x = srap_driver((0.999,) * 3, prune_threshold=0.995), noise()
+    driver(x, 1000)
+    driver.runtime.trajectories[-1].streams[0].clear_slots()
+    assert_computed(driver(x, 900), model, x, 900)
+
+
+def test_srap_does_not_prune_what_has_no_base():
+    driver = srap_driver((0.999,) * 3, prune_threshold=0.995)
+    driver.graph._prunable = np.array([False, True, True])
+    driver(noise(), 1000)
+    driver(noise(), 900)
+    assert driver.decisions[-1].tolist() == [True, False, False]
+
+
+def test_the_threshold_of_srap_moves_without_compiling(model):
+    driver, x = srap_driver((0.9,) * 3, prune_threshold=0.995), noise()
+    driver(x, 1000)
+    driver(x, 900)
+    driver.runtime.configure(prune_threshold=0.85)
+    driver(x, 800)
+    assert driver.computed() == [True, True, False]
+    with pytest.raises(OptionError, match="option 'prune' cannot change"):
+        driver.runtime.configure(prune=None)
+
+
+def test_two_streams_of_srap_draw_alike():
+    driver = srap_driver((0.99,) * 3, prune_threshold=0.995)
+    for i in range(6):
+        for _ in range(2):
+            driver(noise(), 1000 - 100 * i)
+    rows = [row.tolist() for row in driver.decisions]
+    assert rows[::2] == rows[1::2]
+    assert any(not all(row) for row in rows)
+
+
+def test_a_rank_that_keeps_a_block_keeps_it_on_all(monkeypatch):
+    """Invariant 9: the second vote of a step is about pruning."""
+    driver, votes = srap_driver((0.999,) * 3, prune_threshold=0.995), []
+
+    def agree(wanted, group):
+        votes.append(wanted.tolist())
+        return wanted if len(votes) != 4 else wanted | np.array([False, True, False])
+
+    monkeypatch.setattr("qc_compiler.runtime._agree", agree)
+    driver(noise(), 1000)
+    driver(noise(), 900)
+    assert votes == [[True] * 3] * 3 + [[False] * 3]
+    assert driver.decisions[-1].tolist() == [False, True, False]

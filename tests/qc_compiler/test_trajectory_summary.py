@@ -40,6 +40,27 @@ def test_summary_prints_a_row_a_region(summary):
     assert "computed share 0.250 over 1 stream" in text
 
 
+def test_what_was_pruned_is_told_from_what_was_reused(tmp_path):
+    """blocks.0 is pruned at the second step, where blocks.1 is reused."""
+    compute = np.array([[True] * 3, [False, False, True]])
+    weights = np.array([[[0], [1], [1]]] * 2, np.float32)[None]
+    plan = Plan("", "block", ("blocks.0", "blocks.1", "blocks.2"), (1000.0, 500.0), compute[None], weights)
+    model = torch.compile(tiny_dit(), backend=backend, options={"plan": plan})
+    sample(model, 2)
+    summary = qc_compiler.summary(model)
+    assert summary.streams[0].pruned.tolist() == [[False] * 3, [True, False, False]]
+    assert (summary.pruned_share, summary.computed_share) == (1 / 6, 4 / 6)
+    text = str(summary)
+    assert all(marks in text for marks in ("█×", "█·", "██", "× pruned", "pruned share 0.167"))
+    summary.plot(tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nothing_is_said_of_pruning_where_nothing_is_pruned(summary):
+    assert summary.pruned_share == 0
+    assert "pruned" not in str(summary)
+
+
 def test_without_quantization_nothing_is_said_of_it(summary):
     (stream,) = summary.streams
     assert (stream.num_bounded, stream.precision, summary.schemes, summary.precision_shares) == (0, None, (), {})

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from passes import Normalize, ShareBodies
 from qc_compiler.backend import rewrite
-from qc_compiler.cost import hint
+from qc_compiler.costs import hint
 from qc_compiler.graph import GraphPass, Report, cond, copy_of, submodules
 from qc_compiler.options import parse_options
 from qc_compiler.show import show
