@@ -15,7 +15,7 @@ NUM_HELD_OUT = 360
 
 
 @cache
-def _digit_images() -> tuple[torch.Tensor, torch.Tensor]:
+def digit_images() -> tuple[torch.Tensor, torch.Tensor]:
     """Returns all images (1797, 8, 8) in [0, 1] and labels (1797,), shuffled the same way every time."""
     bunch = load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def moving_digits(n: int, seed: int, *, held_out: bool = False) -> tuple[torch.T
         video (n, 1, F, H, W) = (n, 1, 8, 16, 16), float32 in [-1, 1], background -1; label (n,), int64.
     """
     generator = torch.Generator().manual_seed(seed)
-    images, labels = _digit_images()
+    images, labels = digit_images()
     first, last = (0, NUM_HELD_OUT) if held_out else (NUM_HELD_OUT, len(images))
     index = torch.randint(first, last, (n,), generator=generator)
 

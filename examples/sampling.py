@@ -19,11 +19,17 @@ from torch import nn
 from classifier import DigitClassifier
 from digits import CANVAS, NUM_DIGITS, NUM_FRAMES
 from dit import DiT, DiTConfig
+from mmdit import MMDiT, MMDiTConfig
 from stdit import STDiT, STDiTConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
 NULL_LABEL = NUM_DIGITS
 DATA_RANGE = 2.0  # videos are in [-1, 1]
+
+
+def shift_times(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """Moves times of the flow in [0, 1] towards the noise, for shifts over 1, as `sample` documents."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 @torch.no_grad()
@@ -35,26 +41,29 @@ def sample(
     guidance: float = 1.0,
     size: tuple[int, ...] = (1, NUM_FRAMES, CANVAS, CANVAS),
     callback_on_step_end: Callable[..., dict[str, torch.Tensor]] | None = None,
+    shift: float = 1.0,
 ) -> torch.Tensor:
-    """Generates one video for each label.
+    """Generates one video or image for each label or caption.
 
     Args:
-        model: maps (x, timestep, label) to velocity: an `STDiT`, compiled or not.
-        label: (B,), int64, on the model's device.
-        steps: Euler steps, all of the same length.
+        model: maps (x, timestep, label) to velocity: one of the examples, compiled or not.
+        label: (B,) or captions (B, T), int64, on the model's device.
+        steps: Euler steps, all of the same length if `shift` is 1.
         seed: of the initial noise, which is drawn on the CPU and so is the same on every device.
         guidance: strength w of classifier-free guidance: v_null + w (v_label - v_null). At 1 the model runs
             once a step; otherwise twice, first with the label, then without.
-        size: C, F, H, W of a video.
+        size: C, F, H, W of a video, or C, H, W of an image.
         callback_on_step_end: As in diffusers' pipelines: (pipe, step, timestep, {"latents": x}) → the same dict.
+        shift: s of t ↦ s·t / (1 + (s - 1)·t), which takes smaller steps near the noise, where large images need them
+            (arXiv 2403.03206, section 5.3.2).
 
     Returns:
-        video (B, C, F, H, W), float32, about [-1, 1].
+        video (B, C, F, H, W) or image (B, C, H, W), float32, about [-1, 1].
     """
     batch = label.shape[0]
     null_label = torch.full_like(label, NULL_LABEL)
     x = torch.randn(batch, *size, generator=torch.Generator().manual_seed(seed)).to(label.device)
-    times = torch.linspace(1, 0, steps + 1).tolist()
+    times = shift_times(torch.linspace(1, 0, steps + 1), shift).tolist()
     for step, (t, t_next) in enumerate(pairwise(times)):
         timestep = torch.full((batch,), 1000 * t, device=label.device)
         velocity = model(x, timestep, label)
@@ -94,6 +103,14 @@ def load_dit(path: Path | str | None = None) -> DiT:
     """Returns the trained image model, float32, in eval mode; by default from `weights/dit.safetensors`."""
     config, weights = _read_weights(Path(path or WEIGHTS / "dit.safetensors"))
     model = DiT(DiTConfig(**config))  # type: ignore[arg-type]
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def load_mmdit(path: Path | str | None = None) -> MMDiT:
+    """Returns the trained model of captions, float32, in eval mode; by default from `weights/mmdit.safetensors`."""
+    config, weights = _read_weights(Path(path or WEIGHTS / "mmdit.safetensors"))
+    model = MMDiT(MMDiTConfig(**config))  # type: ignore[arg-type]
     model.load_state_dict(weights)
     return model.eval()
 
