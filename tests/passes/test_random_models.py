@@ -150,9 +150,9 @@ class Pilot:
     def __init__(self, names, depth, draw):
         self.names, self.depth, self.draw = names, depth, draw
 
-    def decide(self, graph, position, state, inputs):
+    def decide(self, graph, position, state, inputs, before):
         row = st.lists(st.booleans(), min_size=len(self.names), max_size=len(self.names))
-        return np.array(self.draw(row)), self.draw(rows_of_weights(len(self.names), self.depth))
+        return np.array(self.draw(row)), self.draw(rows_of_weights(len(self.names), self.depth)), None
 
     def observe(self, *args):
         return args[-1]
