@@ -97,8 +97,8 @@ def cost(model: Any, *args: Any, dynamic: bool = True, **kwargs: Any) -> Any:
     return run(model, *args, dynamic=dynamic, **kwargs)
 
 
-def calibrate(model: Any, generate: Any, share: float | None = 0.33, **kwargs: Any) -> Plan:
-    """Returns a plan: which steps to compute, and how to quantize what is computed."""
+def calibrate(model: Any, generate: Any, share: float | None = 0.33, **kwargs: Any) -> Any:
+    """Returns a `Plan`: which steps to compute, and how to compute them. For a list of targets, a list of plans."""
     from .calibration import calibrate as run
 
     return run(model, generate, share=share, **kwargs)

@@ -59,7 +59,8 @@ class _Header(BaseModel):
     measured: dict[str, float]
     quantization: _Quantization | None
     attention: _Attention | None
-    pruned: list[str] = []  # not in files of version 3
+    pruned: list[str]
+    reasons: list[str]
     checksum: str
 
 
@@ -199,6 +200,7 @@ class Plan:
         compensation: float32 (S, N, C, 2): shift and gain of each channel of the model's output (VC), or None.
         attention: What each attention head does at each step, or None: then all are full.
         pruned: Names of the blocks and sub-layers that are never computed (`blocks.3`, `blocks.5/mlp`).
+        reasons: Why it was decided so, one line each.
 
     A region that is not computed and whose weights are zero is pruned at this step: what enters it leaves it. A plan
     without regions has no schedule: the option `cache` decides.
@@ -217,6 +219,7 @@ class Plan:
     attention: HeadPlan | None = None
     across: NDArray[np.float32] | None = None
     pruned: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.pruned, tuple) or not all(isinstance(name, str) for name in self.pruned):
@@ -373,6 +376,7 @@ class Plan:
             "quantization": None,
             "attention": None,
             "pruned": list(self.pruned),
+            "reasons": list(self.reasons),
         }
         if heads := self.attention:
             header["attention"] = {"layers": list(heads.layers), "order": heads.order}
@@ -440,6 +444,7 @@ class Plan:
             else None,
             arrays.get("across"),
             tuple(header.pruned),
+            tuple(header.reasons),
         )
 
 

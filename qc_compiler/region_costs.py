@@ -8,6 +8,7 @@ reused      y = x + Σⱼ wⱼ·sⱼ: x and the d slots read, y written
 pruned      nothing
 """
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,13 +141,15 @@ def stored_bytes(form: str, rows: Expr, width: Expr, packed: bool = False) -> Ex
     (68*n, 272)
     """
 
-    def measured(num_rows: int) -> int:
-        fmt = parse_format(form)
-        codes, *scales = fmt.quantize(torch.empty(num_rows, int(width), device="meta"))
-        return sum(part.nbytes for part in (fmt.pack(codes) if packed else codes, *scales))
+    one, two = (_measured_bytes(form, num_rows, int(width), packed) for num_rows in (1, 2))
+    return (two - one) * rows + 2 * one - two
 
-    a_row = measured(2) - measured(1)
-    return a_row * rows + measured(1) - a_row
+
+@functools.cache
+def _measured_bytes(form: str, num_rows: int, width: int, packed: bool) -> int:
+    fmt = parse_format(form)
+    codes, *scales = fmt.quantize(torch.empty(num_rows, width, device="meta"))
+    return sum(part.nbytes for part in (fmt.pack(codes) if packed else codes, *scales))
 
 
 def _ways(kernel: Kernel, variant: Variant) -> tuple[tuple[Kernel, ...], ...]:

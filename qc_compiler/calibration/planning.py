@@ -8,6 +8,7 @@ compensation    what both together did to the variance of the output      (varia
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..plan import TOKEN_ORDERS, Plan
 from ..registry import runtime_of
 from .attention import WINDOWS, calibrate_heads
 from .importance import measure
+from .joint import JointPlanner, parse_target
 from .recording import COMPUTE_ALL, Recording, run_steered
 from .samples import Calls
 from .schedule import find_schedule
@@ -45,9 +47,13 @@ def calibrate(
     samples: int = 16,
     selection: str = "tap",
     emulate: bool = False,
+    target: str | Sequence[str] | None = None,
+    data_range: float | None = None,
+    max_generations: float = 60.0,
+    resume: str | Path | None = None,
     progress: bool = True,
     backend: Any = "quantcache",
-) -> Plan:
+) -> Plan | list[Plan]:
     """Measures, for this model and this number of steps, which steps to compute and how to quantize.
 
     Args:
@@ -73,17 +79,39 @@ def calibrate(
         samples: How many intermediate samples the linears are measured on, rounded up to whole batches.
         selection: How these are chosen: `tap`, `uniform`, `random` or `kmeans`.
         emulate: As the option: fit the compensation to formats that this device has no kernel for.
+        target: `speedup=4` (against everything computed, on this device), `psnr=35` (dB, of the samples against those
+            of the full model) or `memory=2GiB` (of the weights, for `pack_`): decides schedule, precision, heads and
+            pruning together (`qc_compiler.calibration.joint`), so that none of these is an argument. Of a list, all
+            are planned, with the same measurements.
+        data_range: What the PSNR of `target` is relative to; None takes the range of the samples.
+        max_generations: For `target`: after so many full generations nothing new is tried.
+        resume: For `target`: a file that remembers what was measured, to go on with after an interruption.
         progress: Show progress bars.
         backend: What compiles the model; tests pass one without Inductor.
 
     Returns:
         A plan with the share it spends and its relative error on the calibration samples; of level `output` unless
-        partial computation made it better.
+        partial computation made it better. For a list of targets, a list of plans.
 
     Raises:
         OptionError: an argument is out of range, or `generate` returns no tensor.
         QuantCacheError: `generate` did not run the model over several steps.
     """
+    if target is not None:
+        if plan is not None or quantize is not None or attention is not None or compensate:
+            raise OptionError("target=… decides schedule, linears, heads and pruning: leave those arguments out")
+        targets = [parse_target(text) for text in ([target] if isinstance(target, str) else target)]
+        planner = JointPlanner(
+            model,
+            generate,
+            data_range=data_range,
+            max_generations=max_generations,
+            resume=resume,
+            progress=progress,
+            backend=backend,
+        )
+        plans = planner.plans(targets)
+        return plans[0] if isinstance(target, str) else plans
     if quantize is not None:
         recipe_of(quantize)
         check_bits(bits)

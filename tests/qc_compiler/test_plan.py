@@ -35,7 +35,7 @@ def make(num_steps=3, num_regions=2, depth=2, streams=("0",), **changes):
 
 
 def assert_equal(a, b):
-    for name in ("fingerprint", "level", "regions", "timesteps", "streams", "measured", "pruned"):
+    for name in ("fingerprint", "level", "regions", "timesteps", "streams", "measured", "pruned", "reasons"):
         assert getattr(a, name) == getattr(b, name)
     for name in ("compute", "weights"):
         x, y = getattr(a, name), getattr(b, name)
@@ -248,6 +248,7 @@ def header(**changes):
         "quantization": None,
         "attention": None,
         "pruned": [],
+        "reasons": [],
     }
     arrays = {"compute": np.ones((1, 1, 1), np.uint8), "weights": np.ones((1, 1, 1, 1), np.float32)}
     fields["checksum"] = plan_module._checksum(fields, arrays)

@@ -1,0 +1,154 @@
+"""One plan for everything against its parts, and against fewer steps: wall time and quality on a trained model.
+
+Targets of speed and of quality are planned together (`calibrate(target=[…])`) on seeds and labels of their own. Then
+every row samples other seeds and labels: PSNR against the full computation, what the classifier recognizes, and the
+time of one whole trajectory over that of compiled Inductor, measured in turns in one run.
+
+    OMP_NUM_THREADS=1 python benchmarks/joint.py [--model video]
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import qc_compiler
+from harness import RESULTS, header, remembered, remembered_plan, table, write
+from quality import unipc
+from sampling import DATA_RANGE, load_classifier, load_dit, load_model, psnr, sample
+
+STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE, ROUNDS = 50, 8, 7, 123, 2.0, 3
+TARGETS = ("psnr=30", "psnr=35", "psnr=40", "speedup=6.72", "speedup=10")
+HEADINGS = ("what", "PSNR dB", "recognized", "× Inductor", "computed", "decided")
+RULES: dict[str, dict[str, Any]] = {
+    "HLC": {"cache": "hlc", "level": "output", "cache_order": 2, "max_skip": 6},
+    "TeaCache": {"cache": "teacache", "level": "network", "cache_order": 1, "max_skip": 6},
+    "every n-th step": {"cache": "static", "level": "output", "cache_order": 1},
+}
+VALUES = {"HLC": (0.003, 0.01, 0.02), "TeaCache": (0.05, 0.15, 0.4), "every n-th step": (3, 5, 7)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("image", "video"), default="video")
+    args = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 100  # each row is a graph of its own, beside Inductor's
+    comparison = Comparison(args.model)
+    rows = list(comparison.rows())
+    text = header(f"One plan for everything: the {args.model} DiT", f"python benchmarks/joint.py --model {args.model}")
+    text += f"\n{BATCH} samples, {STEPS} steps, guidance {GUIDANCE}; calibrated on other seeds and labels.\n\n"
+    text += f"{table(HEADINGS, rows)}\n![frontier](joint_{args.model}.png)\n"
+    draw(rows, args.model)
+    write(f"joint_{args.model}.md", text)
+
+
+class Comparison:
+    """A model, its full computation, and compiled Inductor to be timed against."""
+
+    def __init__(self, name: str) -> None:
+        self.page = f"joint_{name}"
+        self.model: Any = (load_dit if name == "image" else load_model)().requires_grad_(False)
+        self.size = (1, 16, 16) if name == "image" else (1, 8, 16, 16)
+        self.is_video, self.classifier = name == "video", load_classifier()
+        self.label = torch.arange(BATCH) % 10
+        self.inductor = torch.compile(self.model)
+        self.reference = self.generate(self.inductor)
+
+    def generate(self, model: Callable[..., Tensor], steps: int = STEPS) -> Tensor:
+        return sample(model, self.label, steps, SEED, GUIDANCE, self.size)
+
+    def calibration_samples(self, model: Callable[..., Tensor]) -> Tensor:
+        return sample(model, (self.label + BATCH) % 10, STEPS, CALIBRATION_SEED, GUIDANCE, self.size)
+
+    def rows(self) -> Iterator[tuple[str, ...]]:
+        yield self.row("Inductor", lambda: self.inductor)
+        for target in TARGETS:
+            found = remembered_plan(self.page, target, lambda target=target: self.plans[target])  # type: ignore[misc]
+            yield self.row(f"joint, {target}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
+        for rule, options in RULES.items():
+            knob = "interval" if rule == "every n-th step" else "threshold"
+            for value in VALUES[rule]:
+                named = options | {knob: value, "num_steps": STEPS}
+                yield self.row(f"{rule}, {knob} {value}", lambda named=named: self.compiled(**named))  # type: ignore[misc]
+        if self.is_video:
+            for steps in (5, 7, 10, 13, 17, 25):
+                yield remembered(self.page, f"UniPC, {steps} steps", lambda steps=steps: self.fewer(steps))  # type: ignore[misc]
+
+    @functools.cached_property
+    def plans(self) -> dict[str, qc_compiler.Plan]:
+        """The plans of all targets, which share their measurements."""
+        found = qc_compiler.calibrate(
+            self.model,
+            self.calibration_samples,
+            target=TARGETS,
+            data_range=DATA_RANGE,
+            resume=f"out/benchmarks/{self.page}.calibration",
+            progress=False,
+        )
+        return dict(zip(TARGETS, found))
+
+    def compiled(self, **options: Any) -> Any:
+        return torch.compile(self.model, backend="quantcache", options=options)
+
+    def row(self, name: str, make: Callable[[], Any], plan: qc_compiler.Plan | None = None) -> tuple[str, ...]:
+        return tuple(remembered(self.page, name, lambda: self.measure(name, make(), plan)))
+
+    def measure(self, name: str, compiled: Any, plan: qc_compiler.Plan | None) -> tuple[str, ...]:
+        found = self.generate(compiled)
+        share = "100%" if compiled is self.inductor else f"{qc_compiler.summary(compiled).computed_share:.1%}"
+        return (name, *self.quality(found), f"{self.ratio(lambda: self.generate(compiled)):.2f}", share,
+                plan.reasons[0] if plan else "")  # fmt: skip
+
+    def fewer(self, steps: int) -> tuple[str, ...]:
+        def run() -> Tensor:
+            return unipc(self.inductor, self.label, steps, SEED)
+
+        return (f"UniPC, {steps} steps", *self.quality(run()), f"{self.ratio(run):.2f}", f"{steps / STEPS:.0%}", "")
+
+    def quality(self, found: Tensor) -> tuple[str, str]:
+        from classifier import accuracy
+
+        return f"{psnr(found, self.reference):.1f}", f"{accuracy(self.classifier, found, self.label):.1%}"
+
+    def ratio(self, run: Callable[[], Any]) -> float:
+        """Returns the time of Inductor's trajectory over that of `run`, medians, in turns."""
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(ROUNDS):
+            for taken, sampled in zip(times, (lambda: self.generate(self.inductor), run)):
+                start = time.perf_counter()
+                sampled()
+                taken.append(time.perf_counter() - start)
+        return statistics.median(times[0]) / statistics.median(times[1])
+
+
+def draw(rows: list[tuple[str, ...]], name: str) -> None:
+    """Draws PSNR over speed-up, a line for each method."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    methods: dict[str, list[tuple[float, float]]] = {}
+    for what, decibels, _, ratio, *_ in rows:
+        if decibels != "inf" and what != "Inductor":
+            methods.setdefault(what.partition(",")[0], []).append((float(ratio), float(decibels)))
+    for method, points in methods.items():
+        style = {"color": "black", "linewidth": 2.5} if method == "joint" else {"linewidth": 1}
+        panel.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method, **style)
+    panel.set_xscale("log")
+    panel.set_xticks([1, 2, 3, 5, 7, 10, 15], labels=["1", "2", "3", "5", "7", "10", "15"])
+    panel.minorticks_off()
+    panel.set_xlabel("speed-up of a whole trajectory against compiled Inductor")
+    panel.set_ylabel("PSNR against the full computation, dB")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(RESULTS / f"joint_{name}.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

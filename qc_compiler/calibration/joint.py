@@ -1,0 +1,530 @@
+"""One plan for everything, under one error budget.
+
+    choose      c calls to compute (of S·N), a scheme q of the linears, δ of the heads, p blocks to prune
+    time        T = c·t(q, δ, p) + (S·N − c)·t₀              t from `qc_compiler.cost`, anchored on steps of this model
+    error       E² = e_c² + g·(e_q² + e_δ² + e_p²)           relative, of the samples; g = 1 until it is measured
+
+so that T is least within an error, E is least within a time, or E is least within the bytes of the weights. The parts:
+
+    e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log) between
+    e_q, e_δ    of the samples with nothing else changed, each measured by a run
+    e_p         Σ h_b² of the blocks b left out: how far the prediction moves where b alone is left out, on the recorded
+                path, one block a call, in one run; the blocks that cost least error for their time come first
+
+What is chosen is built: schedule, heads on the cached trajectory, linears on that, and last the weights of the skipped
+steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run, g and t are
+corrected by what came out, and it is chosen again, until the choice has been built already.
+
+Source: ours. The interactions are those of Q&C (arXiv 2503.02508) and 6Bit-Diffusion (arXiv 2603.18742): noise in what
+is cached counts as often as it is reused, which g measures.
+"""
+
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ..errors import OptionError, PlanError, QuantCacheError
+from ..estimate import cost
+from ..plan import Plan, Quantization
+from ..region_costs import Variant
+from ..registry import runtime_of
+from ..runtime import GuardedGraph, Position, StreamState
+from .attention import calibrate_heads
+from .recording import COMPUTE_ALL, Recording, flat, run_steered
+from .schedule import DEPTH, Schedules, ScheduleSearch
+
+SCHEMES = ("w8a8", "fp8", "nvfp4", "w4a8")
+DELTAS = (0.2, 0.6)  # of the heads
+WORTH = 0.03  # part of a step's time that a lever must be able to save
+SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
+ROUNDS = 4  # of building and correcting
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class Target:
+    """`kind` is `speedup` (against everything computed), `psnr` (dB) or `memory` (bytes of the weights)."""
+
+    kind: str
+    value: float
+
+
+def parse_target(text: Any) -> Target:
+    """
+    Raises:
+        OptionError: it is none.
+
+    >>> parse_target("psnr=35"), parse_target("memory=1.5GiB").value
+    (Target(kind='psnr', value=35.0), 1610612736.0)
+    """
+    found = re.fullmatch(r"\s*(speedup|psnr|memory)\s*=\s*(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB)?\s*", str(text))
+    if not found or (found[3] and found[1] != "memory") or not float(found[2]) > 0:
+        raise OptionError(f"target={text!r}: expected 'speedup=4', 'psnr=35' or 'memory=2GiB'")
+    return Target(found[1], float(found[2]) * UNITS[found[3] or ""])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is decided.
+
+    Attributes:
+        calls: How many of the model's calls are computed, of all streams.
+        quantize: The scheme of the linears, or None.
+        delta: The budget of the heads, or None.
+        pruned: Names of blocks.
+    """
+
+    calls: int
+    quantize: str | None = None
+    delta: float | None = None
+    pruned: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.calls} calls", self.quantize, f"δ = {self.delta}" if self.delta else None]
+        return ", ".join([part for part in parts if part] + [f"without {name}" for name in self.pruned])
+
+
+@dataclass
+class Levers:
+    """What was measured of each lever alone: squared relative errors, and seconds of a computed call."""
+
+    schemes: dict[str | None, float] = field(default_factory=lambda: {None: 0.0})
+    deltas: dict[float | None, float] = field(default_factory=lambda: {None: 0.0})
+    attended: dict[float | None, float] = field(default_factory=lambda: {None: 1.0})
+    prunable: list[tuple[str, float]] = field(default_factory=list)  # in the order in which blocks are left out
+    fast: set[str] = field(default_factory=set)  # schemes that save time here
+    reasons: list[str] = field(default_factory=list)
+
+
+class JointPlanner:
+    """Measures a model on `generate` and plans for targets; each measurement serves all of them."""
+
+    def __init__(
+        self,
+        model: Any,
+        generate: Callable[[Any], Any],
+        *,
+        data_range: float | None = None,
+        max_generations: float = 60.0,
+        resume: str | Path | None = None,
+        progress: bool = True,
+        backend: Any = "quantcache",
+    ) -> None:
+        """
+        Args:
+            model: Plain or compiled.
+            generate: As of `calibrate`.
+            data_range: What a PSNR is relative to; None takes the range of the samples.
+            max_generations: After so many full generations nothing new is tried. What runs is finished.
+            resume: A file that remembers what was measured, to go on after an interruption.
+            progress: Show a progress bar.
+            backend: As of `calibrate`.
+        """
+        self.module, self.generate, self.backend = getattr(model, "_orig_mod", model), generate, backend
+        self.max_generations, self.data_range = max_generations, data_range
+        self._journal = Journal(resume)
+        self.generations = 0.0
+        self._progress = Progress(
+            *Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[spent]}"),
+            disable=not progress, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("recording", total=max_generations, spent="")
+        self._schedules: dict[int, tuple[float, Schedules, float]] = {}  # calls → error, schedules, gain
+        self._built: dict[Choice, Plan] = {}
+        self._seconds: dict[Choice, float] = {}  # of a computed call, by all but their number
+        self.growth, self.slowness = 1.0, 1.0  # g, and measured over predicted time
+
+    def plans(self, targets: Sequence[Target]) -> list[Plan]:
+        """Returns a plan for each target, in their order."""
+        with self._progress, torch._dynamo.config.patch(recompile_limit=1000):  # a graph for each compression
+            self._measure(needs_memory=any(target.kind == "memory" for target in targets))
+            plans = [self._plan(target) for target in targets]
+        torch._dynamo.eval_frame.reset_code(inspect.unwrap(self.module.forward).__code__)  # which would count later
+        return plans
+
+    # -- what is measured once
+
+    def _measure(self, needs_memory: bool) -> None:
+        args, kwargs = first_call(self.module, self.generate)
+        self.recording, compiled = Recording(), self._compiled()
+        self.reference = self._run("recording", compiled, self.recording)
+        self.num_calls = self.recording.num_steps * len(self.recording.outputs)
+        full_seconds = self._timed(compiled)
+        runtime_of(compiled).configure(interval=10**6)
+        rest_seconds = self._timed(compiled, share=1 / self.recording.num_steps)
+        runtime_of(compiled).configure(interval=1)
+        num_first = len(self.recording.outputs)
+        host = max(0.0, (rest_seconds - full_seconds * num_first / self.num_calls) / (self.num_calls - num_first))
+        self.full_seconds = full_seconds
+        estimate = cost(self.module, *args, dynamic=False, **kwargs)
+        self.estimate = estimate.anchored(full_seconds / self.num_calls, host_seconds=host)
+        self._journal.open(runtime_of(compiled).fingerprint, self.reference)
+        self.levers = Levers()
+        self._measure_schemes(needs_memory)
+        self._measure_heads()
+        self._measure_blocks()
+        for share in SHARES:
+            self._schedule(num_first * max(2, round(share * self.recording.num_steps)))
+
+    def _measure_schemes(self, needs_memory: bool) -> None:
+        for scheme in SCHEMES:
+            gain = 1 - self.estimate.step_seconds(default=Variant(quantize=scheme)) / self.estimate.step_seconds()
+            if gain >= WORTH:
+                self.levers.fast.add(scheme)
+            else:
+                self.levers.reasons.append(f"{scheme}: it saves {max(gain, 0):.0%} of a step on this device")
+            if gain >= WORTH or needs_memory:
+                self.levers.schemes[scheme] = self._journal.get(scheme, lambda: self._alone(scheme))  # noqa: B023
+
+    def _alone(self, scheme: str) -> float:
+        """Returns the squared error of a scheme with everything computed."""
+        compiled = self._compiled(quantize=scheme, emulate=scheme not in self.levers.fast)
+        return self._error(self._run(f"{scheme} alone", compiled, Silent())) ** 2
+
+    def _measure_heads(self) -> None:
+        plain = self.estimate.step_seconds()
+        gain = 1 - self.estimate.step_seconds(default=Variant(attended=0.5)) / plain
+        if gain < WORTH:
+            self.levers.reasons.append(f"heads: half of all attention is {max(gain, 0):.0%} of a step")
+            return
+        for delta in DELTAS:
+            try:
+                error, attended = self._journal.get(f"heads {delta}", lambda: self._heads_alone(delta))  # noqa: B023
+            except QuantCacheError as why:
+                self.levers.reasons.append(f"heads: {why}")
+                return
+            self.levers.deltas[delta], self.levers.attended[delta] = error, attended
+
+    def _heads_alone(self, delta: float) -> tuple[float, float]:
+        """Returns the squared error of head-wise attention with everything computed, and the share that is left."""
+        plan = self._with_heads(Plan.without_schedule(""), delta)
+        found = self._run(f"heads, δ = {delta}", self._compiled(plan=plan), Silent())
+        return self._error(found) ** 2, 1 - plan.measured["attention_saved"]
+
+    def _measure_blocks(self) -> None:
+        def run() -> dict[str, float]:
+            pilot = OneBlockLess(self.recording)
+            self._run("one block less", self._compiled(level="output+block"), pilot)
+            return pilot.harms()
+
+        seconds = {block.name: self.estimate.seconds(block.name) for block in self.estimate.blocks}
+        harms = {name: harm for name, harm in self._journal.get("blocks", run).items() if name in seconds}
+        ranked = sorted(harms, key=lambda name: harms[name] ** 2 / max(seconds[name], 1e-9))
+        self.levers.prunable = [(name, harms[name] ** 2) for name in ranked[: len(ranked) // 2]]
+
+    # -- what is searched where the choice falls
+
+    def _schedule(self, calls: int) -> tuple[float, Schedules, float]:
+        """Returns the error of the best schedule found for this many calls, the schedule, and its gain."""
+        if calls not in self._schedules:
+            error, schedules, gain = self._journal.get(f"{calls} calls", lambda: self._find(calls))
+            self._schedules[calls] = error, _as_tuples(schedules), gain
+        return self._schedules[calls]
+
+    def _find(self, calls: int) -> tuple[float, Schedules, float]:
+        search = self._search(self._compiled(), calls)
+        num_candidates = max(10, round(3 * self.num_calls / calls))
+        plan = search.find(calls // len(self.recording.outputs), num_candidates)
+        return plan.measured["error"], search.best, search.gain
+
+    def _search(self, compiled: Any, calls: int) -> ScheduleSearch:
+        share = calls / self.num_calls
+        return ScheduleSearch(
+            compiled, self.generate, self.recording, self.reference, tell=lambda text: self._spend(share, text)
+        )
+
+    def _schedule_error(self, calls: int) -> float:
+        known = sorted(self._schedules)
+        if calls >= self.num_calls:
+            return 0.0
+        logs = [math.log(max(self._schedules[count][0], 1e-12)) for count in known]
+        return math.exp(float(np.interp(math.log(calls), np.log(known), logs)))
+
+    # -- the choice
+
+    def _predict(self, choice: Choice) -> tuple[float, float]:
+        """Returns error and speed-up."""
+        removed = dict(self.levers.prunable)
+        noise = self.levers.schemes[choice.quantize] + self.levers.deltas[choice.delta]
+        noise += sum(removed[name] for name in choice.pruned)
+        error = math.sqrt(self._schedule_error(choice.calls) ** 2 + self.growth * noise)
+        idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
+        return error, self.full_seconds / (self.slowness * (choice.calls * self._call_seconds(choice) + idle))
+
+    def _call_seconds(self, choice: Choice) -> float:
+        """Returns the predicted time of a computed call."""
+        compression = replace(choice, calls=0)
+        if compression not in self._seconds:
+            variant = Variant(quantize=choice.quantize, attended=self.levers.attended[choice.delta])
+            pruned = {name: Variant("pruned") for name in choice.pruned}
+            self._seconds[compression] = self.estimate.step_seconds(pruned, variant)
+        return self._seconds[compression]
+
+    def _choose(self, target: Target) -> Choice:
+        """Returns the best of all choices, as predicted: they are few enough to look at each."""
+        names = [name for name, _ in self.levers.prunable]
+        schemes = [s for s in self.levers.schemes if s is None or s in self.levers.fast or target.kind == "memory"]
+        compressions = itertools.product(schemes, self.levers.deltas, range(len(names) + 1))
+        num_streams = len(self.recording.outputs)
+        least = 2 * num_streams
+        choices = [
+            Choice(calls, scheme, delta, tuple(names[:count]))
+            for scheme, delta, count in compressions
+            for calls in range(least, self.num_calls + 1, num_streams)
+        ]
+        predicted = {choice: self._predict(choice) for choice in choices}
+        if target.kind == "psnr":
+            fine = [c for c in choices if self._psnr(predicted[c][0]) >= target.value] or [Choice(self.num_calls)]
+            return max(fine, key=lambda c: predicted[c][1])
+        if target.kind == "speedup":
+            fine = [c for c in choices if predicted[c][1] >= target.value]
+            fine = fine or [max(choices, key=lambda c: predicted[c][1])]
+        else:
+            sizes = {choice: self._weight_bytes(choice) for choice in choices if choice.calls == self.num_calls}
+            fine = [choice for choice, size in sizes.items() if size <= target.value]
+            if not fine:
+                raise OptionError(f"target memory={target.value:.0f} bytes: the least is {min(sizes.values()):.0f}")
+        return min(fine, key=lambda c: predicted[c][0])
+
+    def _weight_bytes(self, choice: Choice) -> float:
+        total = float(self.estimate.cost("outside").weight_bytes)
+        for block in self.estimate.blocks:
+            state = "pruned" if block.name in choice.pruned else "computed"
+            total += float(block.cost(Variant(state, quantize=choice.quantize)).weight_bytes)
+        return total
+
+    # -- what is built
+
+    def _plan(self, target: Target) -> Plan:
+        for _ in range(ROUNDS):
+            choice = self._settled(target)
+            is_over = self.generations > self.max_generations and self._best(target) is not None
+            if choice in self._built or is_over:
+                break
+            self._built[choice] = self._build(choice)
+            self._correct(choice, self._built[choice])
+        best = self._best(target)
+        if best is None:  # nothing meets it: the nearest
+            best = max(self._built.values(), key=lambda plan: plan.measured[target.kind])
+        return best
+
+    def _settled(self, target: Target) -> Choice:
+        """Returns the choice once it rests on a schedule that was searched, not on one between others."""
+        choice = self._choose(target)
+        for _ in range(ROUNDS):
+            if choice.calls in (self.num_calls, *self._schedules) or self.generations > self.max_generations:
+                break
+            self._schedule(choice.calls)
+            choice = self._choose(target)
+        return choice
+
+    def _best(self, target: Target) -> Plan | None:
+        """Returns the best of the plans that were built and meet a target."""
+        if target.kind == "memory":
+            built = {c: p for c, p in self._built.items() if self._weight_bytes(c) <= target.value}
+            return min(built.values(), key=lambda plan: plan.measured["error"], default=None)
+        good = [plan for plan in self._built.values() if plan.measured[target.kind] >= target.value]
+        wanted = "speedup" if target.kind == "psnr" else "psnr"
+        return max(good, key=lambda plan: plan.measured[wanted], default=None)
+
+    def _build(self, choice: Choice) -> Plan:
+        plan = Plan.without_schedule("", pruned=choice.pruned)
+        schedules = None
+        if choice.calls < self.num_calls:
+            _, schedules, gain = self._schedule(choice.calls)
+            search = self._search(self._compiled(), choice.calls)
+            search.gain = gain
+            plan = replace(search.plan(schedules), pruned=choice.pruned)
+        if choice.delta is not None:
+            plan = self._with_heads(plan, choice.delta)
+        emulate = choice.quantize is not None and choice.quantize not in self.levers.fast
+        compression: dict[str, Any] = {
+            "quantization": Quantization.named(choice.quantize) if choice.quantize else None,
+            "attention": plan.attention,
+            "pruned": choice.pruned,
+        }
+        if schedules is not None and any(compression.values()):
+            known = Plan.without_schedule("", plan.timesteps, plan.streams, **compression)
+            search = self._search(self._compiled(plan=known, emulate=emulate), choice.calls)
+            search.gain = gain
+            plan = search.plan(schedules)
+        plan = replace(plan, **compression)
+        options: dict[str, Any] = {"strict": True, "plan": plan} | ({} if plan.has_schedule else {"cache": "off"})
+        compiled = torch.compile(self.module, backend=self.backend, options=options | {"emulate": emulate})
+        share = choice.calls / self.num_calls
+        error = self._error(self._samples(compiled, share))
+        seconds = self._timed(compiled, share)
+        measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": self.full_seconds / seconds}
+        predicted = self._predict(choice)
+        measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}
+        measured["generations"] = self.generations
+        reasons = (str(choice), *self.levers.reasons)
+        return replace(plan, measured=plan.measured | measured, reasons=reasons)
+
+    def _correct(self, choice: Choice, plan: Plan) -> None:
+        """Learns from what was built how much reuse multiplies the compression's error, and how long steps take."""
+        error, speedup = self._predict(choice)
+        noise = (error**2 - self._schedule_error(choice.calls) ** 2) / self.growth
+        if noise > 0:
+            surplus = plan.measured["error"] ** 2 - self._schedule_error(choice.calls) ** 2
+            self.growth = max(surplus / noise, 0.1)
+        self.slowness *= speedup / plan.measured["speedup"]
+
+    def _with_heads(self, plan: Plan, delta: float) -> Plan:
+        self._spend(1.0, f"heads, δ = {delta}")
+        return calibrate_heads(self.module, self.generate, plan, delta, backend=self.backend)
+
+    # -- runs
+
+    def _compiled(self, **options: Any) -> Any:
+        return torch.compile(
+            self.module, backend=self.backend, options=COMPUTE_ALL | {"cache_order": DEPTH - 1} | options
+        )
+
+    def _run(self, what: str, compiled: Any, pilot: Any) -> Tensor:
+        result = run_steered(compiled, self.generate, pilot)
+        self._spend(1.0, what)
+        return result
+
+    def _samples(self, compiled: Any, share: float) -> Tensor:
+        self._spend(share, "checking the plan")
+        return flat(self.generate(compiled))
+
+    def _timed(self, compiled: Any, share: float = 1.0) -> float:
+        """Returns the seconds of the second of two runs: the first may compile."""
+        seconds = math.inf
+        for _ in range(2):
+            start = time.perf_counter()
+            self.generate(compiled)
+            seconds = min(seconds, time.perf_counter() - start)
+            self._spend(share, "timing")
+        return seconds
+
+    def _spend(self, share: float, what: str) -> None:
+        self.generations += share
+        self._progress.update(
+            self._task, completed=self.generations, description=what, spent=f"{self.generations:.1f} generations"
+        )
+
+    def _error(self, samples: Tensor) -> float:
+        return float((samples - self.reference).norm() / self.reference.norm())
+
+    def _psnr(self, error: float) -> float:
+        spread = self.data_range or float(self.reference.max() - self.reference.min())
+        mean_square = (error * float(self.reference.norm())) ** 2 / self.reference.numel()
+        return 10 * math.log10(spread**2 / mean_square) if mean_square > 0 else math.inf
+
+
+class Journal:
+    """Remembers what was measured in a file, if it has one, for the same model and samples.
+
+    Args:
+        path: Of a JSON file; None remembers nothing.
+    """
+
+    def __init__(self, path: str | Path | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._known: dict[str, Any] = {}
+
+    def open(self, fingerprint: str, reference: Tensor) -> None:
+        """Reads what is known of this model and these samples; anything else is forgotten."""
+        key = hashlib.sha256(fingerprint.encode() + reference.numpy().tobytes()).hexdigest()
+        try:
+            known = json.loads(self._path.read_text()) if self._path and self._path.exists() else {}
+        except ValueError as error:
+            raise PlanError(f"{self._path} is damaged ({error}): delete it to begin anew") from error
+        is_ours = isinstance(known, dict) and known.get("key") == key
+        self._known = known if is_ours else {"key": key}
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Returns what is known by this name, or measures it and writes it down."""
+        if name not in self._known:
+            self._known[name] = measure()
+            if self._path is not None:
+                part = self._path.with_name(f"{self._path.name}.part")
+                part.write_text(json.dumps(self._known))
+                part.replace(self._path)
+        return self._known[name]
+
+
+def _as_tuples(value: Any) -> Any:
+    """Returns schedules as they were before they became JSON."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+class Silent:
+    """A pilot that leaves everything to the rule."""
+
+    def decide(self, *_: Any) -> None:
+        """Leaves the decision to the rule."""
+
+    def observe(self, graph: Any, position: Any, timestep: Any, inputs: Any, results: Any) -> Any:
+        return results
+
+
+class OneBlockLess:
+    """Leaves one block out of each call, another each time, and keeps the trajectory on its recorded path."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording, self._turn, self._name = recording, 0, ""
+        self._errors: dict[str, list[float]] = {}
+
+    def decide(
+        self, graph: GuardedGraph, position: Position, state: StreamState, *_: Any
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], None]:
+        names = [name for name, can in zip(graph.names, graph._prunable) if can and name not in ("output", "probe")]
+        compute = np.ones(len(graph.names), dtype=np.bool_)
+        self._name = names[self._turn % len(names)] if names else ""
+        self._turn += 1
+        if self._name:
+            compute[graph.names.index(self._name)] = False
+        return compute, np.zeros((len(graph.names), graph.interface.depth), dtype=np.float32), None
+
+    def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
+        wanted = self.recording.outputs[position.stream][position.step]
+        error = float((flat(results[0]) - wanted).norm() / wanted.norm())
+        self._errors.setdefault(self._name, []).append(error)
+        return (wanted.view_as(results[0]).to(results[0]), *results[1:])
+
+    def harms(self) -> dict[str, float]:
+        """Returns the mean error of a prediction without each block."""
+        return {name: float(np.mean(errors)) for name, errors in self._errors.items() if name}
+
+
+class _Called(Exception):
+    """Carries the arguments of a model's first call."""
+
+
+def first_call(module: nn.Module, generate: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments with which `generate` first calls the model; the model itself does not run.
+
+    Raises:
+        QuantCacheError: it never does.
+    """
+
+    def stop(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Called(args, kwargs)
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        generate(module)
+    except _Called as call:
+        args, kwargs = call.args
+        return args, kwargs
+    finally:
+        handle.remove()
+    raise QuantCacheError("generate(model) never called the model")

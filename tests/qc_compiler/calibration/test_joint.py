@@ -1,0 +1,201 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import qc_compiler
+from qc_compiler import OptionError, PlanError, QuantCacheError
+from qc_compiler.calibration import joint
+from qc_compiler.calibration.joint import Choice, JointPlanner, Journal, OneBlockLess, Target, first_call, parse_target
+from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, run_steered
+from tiny_models import compile_eagerly, eager_backend, tiny_dit
+
+STEPS = 12
+
+
+def backend(gm, example_inputs, options=None):
+    return eager_backend(gm, example_inputs, options=options)
+
+
+def guided(model, seed=3):
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for i in range(STEPS):
+            t = torch.full((2,), 1000.0 * (1 - i / STEPS))
+            cond, uncond = model(x, t), model(0.9 * x, t)
+            x = x - (uncond + 2 * (cond - uncond)) / STEPS
+    return x
+
+
+def counted_seconds(planner, compiled, share=1.0):
+    """A clock that counts: a computed call takes 1 s, 0.8 with W8A8 or head-wise attention, a reused one 0.01."""
+    planner.generate(compiled)
+    try:
+        summary = qc_compiler.summary(compiled)
+    except QuantCacheError:  # nothing is guarded
+        return 2.0 * STEPS
+    computed = np.concatenate([stream.computed.any(axis=1) for stream in summary.streams])
+    options = qc_compiler.registry.runtime_of(compiled).options
+    step = 0.8 if options.quantize or options.attends else 1.0
+    return float(computed.sum() * step + (~computed).sum() * 0.01)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Counts instead of timing, and looks at fewer schedules and budgets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JointPlanner, "_timed", counted_seconds)
+        patch.setattr(joint, "SHARES", (0.2, 0.5))
+        patch.setattr(joint, "DELTAS", (0.4,))
+        patch.setattr(joint, "ROUNDS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_dit(2)
+
+
+def planner_for(model, **known):
+    return JointPlanner(model, guided, progress=False, backend=backend, **known)
+
+
+@pytest.fixture(scope="module")
+def planned(model):
+    """A planner that has planned, and its plans."""
+    planner = planner_for(model)
+    targets = ("psnr=50", "speedup=3", "memory=1GiB")
+    return planner, dict(zip(targets, planner.plans(list(map(parse_target, targets))), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("speedup=4", Target("speedup", 4.0)),
+        (" psnr = 35.5 ", Target("psnr", 35.5)),
+        ("memory=2GiB", Target("memory", 2.0 * 2**30)),
+        ("memory=100", Target("memory", 100.0)),
+    ],
+)
+def test_targets(text, target):
+    assert parse_target(text) == target
+
+
+@pytest.mark.parametrize("text", ["speed=4", "psnr=-1", "psnr=0", "psnr", "psnr=3GiB", 35, None, "memory=2GB"])
+def test_what_is_no_target(text):
+    with pytest.raises(OptionError, match=r"expected 'speedup=4', 'psnr=35' or 'memory=2GiB'"):
+        parse_target(text)
+
+
+@pytest.mark.parametrize("other", [{"quantize": "w8a8"}, {"attention": 0.4}, {"compensate": True}])
+def test_a_target_decides_everything(model, other):
+    with pytest.raises(OptionError, match="leave those arguments out"):
+        qc_compiler.calibrate(model, guided, target="psnr=35", **other)
+
+
+def test_the_first_call_is_caught_before_the_model_runs(model):
+    args, kwargs = first_call(model, lambda m: m(torch.ones(2, 16, 8), timestep=torch.ones(2)))
+    assert args[0].shape == (2, 16, 8)
+    assert kwargs["timestep"].shape == (2,)
+    assert not model._forward_pre_hooks
+    with pytest.raises(QuantCacheError, match="never called the model"):
+        first_call(model, lambda m: None)
+
+
+def test_a_block_that_does_nothing_does_no_harm_and_the_path_is_kept():
+    model = tiny_dit()
+    model.blocks[1].modulation.weight.zero_()
+    model.blocks[1].modulation.bias.zero_()  # its gates
+    recording, reference = Recording(), guided(model)
+    compiled = compile_eagerly(model, COMPUTE_ALL | {"level": "output+block"})
+    run_steered(compiled, guided, recording)
+    pilot = OneBlockLess(recording)
+    found = run_steered(compiled, guided, pilot)
+    harms = pilot.harms()
+    assert set(harms) == {"blocks.0", "blocks.1", "blocks.2"}
+    assert harms["blocks.1"] < 1e-6 < min(harms["blocks.0"], harms["blocks.2"])
+    torch.testing.assert_close(found, reference.reshape(-1))
+
+
+def test_targets_are_met_as_the_plans_say(model, planned):
+    fine, fast = planned[1]["psnr=50"], planned[1]["speedup=3"]
+    assert fine.measured["psnr"] >= 50
+    assert fast.measured["speedup"] >= 3
+    reference = guided(model)
+    for plan in (fine, fast):
+        found = guided(compile_eagerly(model, {"plan": plan}))
+        error = float((found - reference).norm() / reference.norm())
+        assert error == pytest.approx(plan.measured["error"], rel=1e-3)
+        assert plan.reasons[0].startswith(f"{plan.compute[..., 0].sum()} calls")
+        assert plan.measured["speedup"] > 1
+
+
+def test_memory_is_met_by_the_scheme_with_the_least_error(model, planned):
+    planner, plan = planned[0], planned[1]["memory=1GiB"]
+    assert (plan.quantization, plan.pruned, plan.has_schedule) == (None, (), False)
+    full = planner._weight_bytes(Choice(planner.num_calls))
+    assert full == sum(p.numel() * 4 for p in model.parameters())
+    half = planner._choose(Target("memory", 0.5 * full))
+    assert planner._weight_bytes(half) <= 0.5 * full
+    assert half.quantize == min(
+        (s for s in planner.levers.schemes if s and planner._weight_bytes(replace(half, quantize=s)) <= 0.5 * full),
+        key=planner.levers.schemes.__getitem__,
+    )
+    with pytest.raises(OptionError, match=r"target memory=10 bytes: the least is \d+"):
+        planner._choose(Target("memory", 10.0))
+
+
+def test_what_saves_nothing_here_is_left_out_with_a_reason(planned):
+    planner, plans = planned
+    assert not planner.levers.fast
+    assert plans["psnr=50"].quantization is None
+    assert any(reason.startswith("w8a8: it saves") for reason in plans["psnr=50"].reasons)
+
+
+def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
+    path = tmp_path / "calibration.json"
+    monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
+    with monkeypatch.context() as patch:
+        patch.setattr(JointPlanner, "_find", lambda self, calls: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            planner_for(model, resume=path).plans([])
+    assert "blocks" in json.loads(path.read_text())
+    again, third = (planner_for(model, resume=path) for _ in range(2))
+    again.plans([])
+    third.plans([])
+    assert third.generations < again.generations / 2
+    assert third._schedules == again._schedules
+    assert third.levers == again.levers
+
+
+def test_another_models_file_is_not_believed(tmp_path):
+    path, samples = tmp_path / "calibration.json", torch.ones(3)
+    journal = Journal(path)
+    journal.open("a", samples)
+    assert journal.get("x", lambda: 1) == 1
+    for fingerprint, reference, expected in (("a", samples, 1), ("b", samples, 2), ("a", 2 * samples, 2)):
+        other = Journal(path)
+        other.open(fingerprint, reference)
+        assert other._known.get("x", 2) == expected
+    path.write_text("{")
+    with pytest.raises(PlanError, match="is damaged .* delete it to begin anew"):
+        Journal(path).open("a", samples)
+
+
+def test_the_number_of_generations_is_bounded(model, monkeypatch):
+    monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
+    planner = planner_for(model, max_generations=1.0)
+    (plan,) = planner.plans([Target("psnr", 50.0)])
+    assert plan.measured["generations"] == planner.generations
+    assert len(planner._built) == 1
+
+
+def test_predictions_are_corrected_by_what_was_built(planned, monkeypatch):
+    planner = planned[0]
+    choice, plan = next(iter(planner._built.items()))
+    monkeypatch.setattr(planner, "slowness", 3.0)
+    monkeypatch.setattr(planner, "growth", planner.growth)
+    planner._correct(choice, plan)
+    assert planner._predict(choice)[1] == pytest.approx(plan.measured["speedup"])
