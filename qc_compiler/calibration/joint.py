@@ -172,7 +172,8 @@ class JointPlanner:
         self.full_seconds = full_seconds
         estimate = cost(self.module, *args, dynamic=False, **kwargs)
         self.estimate = estimate.anchored(full_seconds / self.num_calls, host_seconds=host)
-        self._journal.open(runtime_of(compiled).fingerprint, self.reference)
+        self.fingerprint = runtime_of(compiled).fingerprint
+        self._journal.open(self.fingerprint, self.reference)
         self.levers = Levers()
         self._measure_schemes(needs_memory)
         self._measure_heads()
@@ -342,7 +343,7 @@ class JointPlanner:
         return max(good, key=lambda plan: plan.measured[wanted], default=None)
 
     def _build(self, choice: Choice) -> Plan:
-        plan = Plan.without_schedule("", pruned=choice.pruned)
+        plan = Plan.without_schedule(self.fingerprint, pruned=choice.pruned)
         schedules = None
         if choice.calls < self.num_calls:
             _, schedules, gain = self._schedule(choice.calls)

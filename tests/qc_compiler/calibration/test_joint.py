@@ -135,6 +135,7 @@ def test_targets_are_met_as_the_plans_say(model, planned):
 def test_memory_is_met_by_the_scheme_with_the_least_error(model, planned):
     planner, plan = planned[0], planned[1]["memory=1GiB"]
     assert (plan.quantization, plan.pruned, plan.has_schedule) == (None, (), False)
+    assert plan.fingerprint == planned[1]["psnr=50"].fingerprint
     full = planner._weight_bytes(Choice(planner.num_calls))
     assert full == sum(p.numel() * 4 for p in model.parameters())
     half = planner._choose(Target("memory", 0.5 * full))
