@@ -194,7 +194,7 @@ class JointPlanner:
     def _alone(self, scheme: str) -> float:
         """Returns the squared error of a scheme with everything computed."""
         compiled = self._compiled(quantize=scheme, emulate=scheme not in self.levers.fast)
-        return self._error(self._run(f"{scheme} alone", compiled, Silent())) ** 2
+        return self._error(self._samples(f"{scheme} alone", compiled)) ** 2
 
     def _measure_heads(self) -> None:
         plain = self.estimate.step_seconds()
@@ -213,7 +213,7 @@ class JointPlanner:
     def _heads_alone(self, delta: float) -> tuple[float, float]:
         """Returns the squared error of head-wise attention with everything computed, and the share that is left."""
         plan = self._with_heads(Plan.without_schedule(""), delta)
-        found = self._run(f"heads, δ = {delta}", self._compiled(plan=plan), Silent())
+        found = self._samples(f"heads, δ = {delta}", self._compiled(plan=plan))
         return self._error(found) ** 2, 1 - plan.measured["attention_saved"]
 
     def _measure_blocks(self) -> None:
@@ -367,7 +367,7 @@ class JointPlanner:
         options: dict[str, Any] = {"strict": True, "plan": plan} | ({} if plan.has_schedule else {"cache": "off"})
         compiled = torch.compile(self.module, backend=self.backend, options=options | {"emulate": emulate})
         share = choice.calls / self.num_calls
-        error = self._error(self._samples(compiled, share))
+        error = self._error(self._samples("checking the plan", compiled, share))
         seconds = self._timed(compiled, share)
         measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": self.full_seconds / seconds}
         predicted = self._predict(choice)
@@ -401,8 +401,8 @@ class JointPlanner:
         self._spend(1.0, what)
         return result
 
-    def _samples(self, compiled: Any, share: float) -> Tensor:
-        self._spend(share, "checking the plan")
+    def _samples(self, what: str, compiled: Any, share: float = 1.0) -> Tensor:
+        self._spend(share, what)
         return flat(self.generate(compiled))
 
     def _timed(self, compiled: Any, share: float = 1.0) -> float:
@@ -465,16 +465,6 @@ class Journal:
 def _as_tuples(value: Any) -> Any:
     """Returns schedules as they were before they became JSON."""
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-class Silent:
-    """A pilot that leaves everything to the rule."""
-
-    def decide(self, *_: Any) -> None:
-        """Leaves the decision to the rule."""
-
-    def observe(self, graph: Any, position: Any, timestep: Any, inputs: Any, results: Any) -> Any:
-        return results
 
 
 class OneBlockLess:

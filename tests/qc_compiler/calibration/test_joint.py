@@ -10,23 +10,13 @@ from qc_compiler import OptionError, PlanError, QuantCacheError
 from qc_compiler.calibration import joint
 from qc_compiler.calibration.joint import Choice, JointPlanner, Journal, OneBlockLess, Target, first_call, parse_target
 from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, run_steered
-from tiny_models import compile_eagerly, eager_backend, tiny_dit
+from tiny_models import compile_eagerly, eager_backend, guided, tiny_dit
 
 STEPS = 12
 
 
 def backend(gm, example_inputs, options=None):
     return eager_backend(gm, example_inputs, options=options)
-
-
-def guided(model, seed=3):
-    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for i in range(STEPS):
-            t = torch.full((2,), 1000.0 * (1 - i / STEPS))
-            cond, uncond = model(x, t), model(0.9 * x, t)
-            x = x - (uncond + 2 * (cond - uncond)) / STEPS
-    return x
 
 
 def counted_seconds(planner, compiled, share=1.0):

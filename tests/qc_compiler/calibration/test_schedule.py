@@ -8,7 +8,7 @@ import qc_compiler
 from qc_compiler.calibration.recording import Recording
 from qc_compiler.calibration.schedule import exchanges, moves, residual, shortest_path, starts, uneven, whole_steps
 from qc_compiler.graph import RegionSpec
-from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
+from tiny_models import compile_eagerly, eager_backend, guided, sample, tiny_dit
 
 STEPS = 12
 
@@ -138,17 +138,6 @@ def test_a_plan_spends_its_share_and_beats_uniform_reuse(model, plan):
     errors = [float((sample(m, STEPS, seed=5) - reference).norm()) for m in (planned, uniform)]
     assert errors[0] < errors[1]
     assert qc_compiler.summary is not None
-
-
-def guided(model):
-    """Samples with two streams, of which the second sees another input."""
-    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        for i in range(STEPS):
-            t = torch.full((2,), 1000.0 * (1 - i / STEPS))
-            cond, uncond = model(x, t), model(0.9 * x, t)
-            x = x - (uncond + 2 * (cond - uncond)) / STEPS
-    return x
 
 
 @pytest.fixture(scope="module")
