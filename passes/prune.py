@@ -113,7 +113,7 @@ def _rewrite(gm: fx.GraphModule, gone: Mapping[fx.Node, Sequence[str]]) -> None:
     eliminate_dead_code(gm.graph)
     left = body_calls(gm)
     if not left:
-        raise PlanError("the plan prunes every block of the model: leave at least one")
+        raise PlanError("the plan prunes every block that the output depends on: leave at least one")
     for name in {str(call.args[1]) for call in gone} - {str(call.args[1]) for call in left}:
         gm.delete_submodule(name)
     drop_unused_parameters(gm)
