@@ -27,8 +27,8 @@ from qc_compiler.heads import half_width
 from qc_compiler.plan import HeadPlan, Plan
 from sampling import load_classifier, load_mmdit, psnr, sample, ssim
 
-BUDGETS = (0.01, 0.03, 0.1, 0.2, 0.4)
-SEED, CALIBRATION_SEED, SHIFT, ROUNDS, TIMED, TOGETHER = 7, 3, 4.0, 3, 2, 0.03
+BUDGETS = (0.05, 0.2, 0.4, 0.6, 0.8, 1.0)
+SEED, CALIBRATION_SEED, SHIFT, ROUNDS, TIMED, TOGETHER = 7, 3, 4.0, 2, 2, 0.05
 HEADINGS = ("what", "pairs saved", "PSNR dB", "median", "SSIM", "recognized", "× Inductor")
 
 

@@ -32,7 +32,14 @@ RULES: dict[str, dict[str, Any]] = {
     "TeaCache": {"cache": "teacache", "level": "network", "cache_order": 1, "max_skip": 6},
     "every n-th step": {"cache": "static", "level": "output", "cache_order": 1},
 }
-VALUES = {"HLC": (0.003, 0.01, 0.02), "TeaCache": (0.05, 0.15, 0.4), "every n-th step": (3, 5, 7)}
+RULES["naive stack (HLC, W8A8)"] = RULES["HLC"] | {"quantize": "w8a8"}
+VALUES = {
+    "HLC": (0.003, 0.01, 0.02),
+    "naive stack (HLC, W8A8)": (0.003, 0.01, 0.02),
+    "TeaCache": (0.05, 0.15, 0.4),
+    "every n-th step": (3, 5, 7),
+}
+SHARES = (0.1, 0.14, 0.2)  # of schedules alone
 
 
 def main() -> None:
@@ -72,6 +79,10 @@ class Comparison:
         for target in TARGETS:
             found = remembered_plan(self.page, target, lambda target=target: self.plans[target])  # type: ignore[misc]
             yield self.row(f"joint, {target}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
+        for share in SHARES:
+            found = remembered_plan(self.page, f"schedule {share}", lambda share=share: self.schedule(share))  # type: ignore[misc]
+            yield self.row(f"schedule, share {share}", lambda found=found: self.compiled(plan=found))  # type: ignore[misc]
+        yield self.row("W8A8", lambda: self.compiled(cache="off", quantize="w8a8"))
         for rule, options in RULES.items():
             knob = "interval" if rule == "every n-th step" else "threshold"
             for value in VALUES[rule]:
@@ -93,6 +104,9 @@ class Comparison:
             progress=False,
         )
         return dict(zip(TARGETS, found))
+
+    def schedule(self, share: float) -> qc_compiler.Plan:
+        return qc_compiler.calibrate(self.model, self.calibration_samples, share=share, level="output", progress=False)
 
     def compiled(self, **options: Any) -> Any:
         return torch.compile(self.model, backend="quantcache", options=options)

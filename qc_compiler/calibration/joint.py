@@ -43,12 +43,12 @@ from ..plan import Plan, Quantization
 from ..region_costs import Variant
 from ..registry import runtime_of
 from ..runtime import GuardedGraph, Position, StreamState
-from .attention import calibrate_heads
+from .attention import PROBES, calibrate_heads, open_heads, step_weights
 from .recording import COMPUTE_ALL, Recording, flat, run_steered
 from .schedule import DEPTH, Schedules, ScheduleSearch
 
 SCHEMES = ("w8a8", "fp8", "nvfp4", "w4a8")
-DELTAS = (0.2, 0.6)  # of the heads
+DELTAS = (0.05, 0.2)  # of the heads
 WORTH = 0.03  # part of a step's time that a lever must be able to save
 SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
 ROUNDS = 4  # of building and correcting
@@ -386,8 +386,14 @@ class JointPlanner:
         self.slowness *= speedup / plan.measured["speedup"]
 
     def _with_heads(self, plan: Plan, delta: float) -> Plan:
+        weights = np.array(self._journal.get("weights of the steps", self._weigh_steps))
         self._spend(1.0, f"heads, δ = {delta}")
-        return calibrate_heads(self.module, self.generate, plan, delta, backend=self.backend)
+        return calibrate_heads(self.module, self.generate, plan, delta, weights=weights, backend=self.backend)
+
+    def _weigh_steps(self) -> list[float]:
+        self._spend(1.0 + PROBES, "the weights of the steps")
+        compiled = open_heads(self.module, Plan.without_schedule(""), backend=self.backend)
+        return step_weights(compiled, self.generate).tolist()
 
     # -- runs
 
