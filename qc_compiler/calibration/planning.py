@@ -66,8 +66,9 @@ def calibrate(
         quantize: A value of the option `quantize` to measure the linears for: what `importance` and `+balance` need,
             and what makes `dmpq` precise.
         bits: Mean bits of a weight (`importance`), or of the activations (`dmpq`, from 4 to 8).
-        attention: δ, the budget of each layer's attention at a step for the summed relative errors of its heads; the
-            paper sweeps 0.2 to 1. None leaves attention as it is.
+        attention: δ, the budget of each layer's attention at a step for the summed relative errors of its heads,
+            weighted as `qc_compiler.calibration.attention` says; the paper sweeps 0.2 to 1. None leaves attention as
+            it is.
         windows: Widths that a head's window may have, as parts of the vision tokens; -2 is full attention with scores
             from int8 codes.
         token_order: `raster`, as the model has its tokens, or `time`: windows then run along the frames of a video.
