@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from .attention import CACHED, FULL, INT8
 from .errors import PlanError
+from .extrapolation import polynomial_weights
 
 VERSION = 4
 
@@ -303,9 +304,57 @@ class Plan:
         if not abs(known[step] - timestep) <= 1e-3 * scale:
             raise PlanError(
                 f"the model was called with timestep {timestep:g}, which is none of the plan's {self.num_steps} steps "
-                f"({known[0]:g}, {known[min(1, len(known) - 1)]:g} … {known[-1]:g}): calibrate for this schedule"
+                f"({known[0]:g}, {known[min(1, len(known) - 1)]:g} … {known[-1]:g}): calibrate for this schedule, "
+                "or use plan.retimed([timesteps])"
             )
         return step
+
+    def retimed(self, timesteps: Sequence[float]) -> "Plan":
+        """Returns the plan for other timesteps of the same sampler: another number of steps, or another shift of them.
+
+        What the plan computes at a step is computed at that of the new steps which lies nearest. A skipped step is
+        extrapolated (a line through the last two computed), since what was fitted belongs to the old steps; heads do as
+        at the nearest old step. A compensation is dropped, and so is what was measured: calibrate for better.
+
+        Args:
+            timesteps: What the model will be called with, in order, such as `scheduler.timesteps.tolist()`.
+
+        Raises:
+            PlanError: the plan has no steps, or the timesteps are not finite numbers that differ.
+        """
+        times, known = np.asarray(timesteps, dtype=np.float64), np.asarray(self.timesteps)
+        if times.ndim != 1 or not times.size or not np.isfinite(times).all() or len(np.unique(times)) < times.size:
+            raise PlanError(f"timesteps={timesteps!r}: expected finite numbers, each another")
+        if not known.size:
+            raise PlanError("the plan has no steps: without a schedule or heads it fits any number of them")
+        distance = np.abs(times[:, None] - known)
+        nearest_old, nearest_new = distance.argmin(axis=1), distance.argmin(axis=0)
+        nearest_old[0] = 0  # where everything is computed
+        compute = np.zeros((len(self.streams), times.size, len(self.regions)), dtype=np.bool_)
+        compute[:, 0] = self.compute[:, 0]
+        for old, new in enumerate(nearest_new):
+            compute[:, new] |= self.compute[:, old]
+        prunes = self.prunes[:, nearest_old] & ~compute
+        weights = np.zeros((*compute.shape, self.depth), dtype=np.float32)
+        for at in np.argwhere(~compute & ~prunes):
+            stream, step, region = at
+            last = times[:step][compute[stream, :step, region]][::-1][: min(2, self.depth)]
+            weights[(*at, slice(len(last)))] = polynomial_weights(last, times[step])
+        heads = self.attention
+        if heads is not None and heads.layers:
+            heads = replace(heads, windows=heads.windows[:, nearest_old])
+        note = f"re-timed from {self.num_steps} steps to {times.size}: skipped ones are extrapolated, not fitted"
+        return replace(
+            self,
+            timesteps=tuple(times.tolist()),
+            compute=compute,
+            weights=weights,
+            across=None,
+            compensation=None,
+            attention=heads,
+            measured={"share": float(compute.mean())} if self.has_schedule else {},
+            reasons=(*self.reasons, note),
+        )
 
     def index_of(self, stream: str) -> int:
         """Returns the number of a stream; one that the plan does not know does as the first."""

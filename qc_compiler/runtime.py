@@ -434,6 +434,12 @@ class GuardedGraph:
         step = plan.step_of(coordinate) if self.clock is not None else position.step
         if step >= plan.num_steps:
             raise PlanError(f"step {step + 1} of a plan for {plan.num_steps} steps: calibrate for more steps")
+        first = position.trajectory.first
+        if step > position.step and first is not None and step - plan.step_of(first) > position.step:
+            raise PlanError(
+                f"step {position.step + 1} has the timestep of step {step + 1} of the plan's {plan.num_steps}: this "
+                "schedule has fewer steps; calibrate for it, or use plan.retimed([timesteps])"
+            )
         return step
 
     def _by_rule(
@@ -470,7 +476,6 @@ class GuardedGraph:
         """Returns bool (R,): whether what is computed now will be reused; always, for all that a rule can say."""
         if options.plan is None or not options.scheduled:
             return np.full(len(self.names), options.cache != "off")
-        following = self._step_of(options.plan, position, coordinate) + 1
         plan, following = options.plan, self._step_of(options.plan, position, coordinate) + 1
         if following >= plan.num_steps:
             return np.zeros(len(self.names), dtype=np.bool_)

@@ -341,6 +341,54 @@ def test_a_timestep_of_another_schedule(timestep):
         make(num_steps=4).step_of(timestep)
 
 
+def scheduled(computed, **changes):
+    """A plan of 10 steps, 1000, 900 … 100, that computes some of them."""
+    compute = np.isin(np.arange(10), computed)[None, :, None]
+    weights = np.where(compute[..., None], 0, np.float32([0.6, 0.3, 0.1]))
+    changes = {"across": np.ones((1, 10, 4), dtype=np.float32), "level": "output", "regions": ("output",)} | changes
+    return make(num_steps=10, num_regions=1, depth=3, compute=compute, weights=weights, **changes)
+
+
+def test_a_plan_for_other_steps():
+    plan = scheduled([0, 3, 4, 9]).retimed([1000, 820, 640, 460, 280, 100])
+    assert plan.timesteps == (1000, 820, 640, 460, 280, 100)
+    assert np.flatnonzero(plan.compute).tolist() == [0, 2, 5]  # 700 and 600 both lie nearest to 640
+    assert plan.weights[0, 1, 0].tolist() == [1, 0, 0]
+    np.testing.assert_allclose(plan.weights[0, 3, 0], [1.5, -0.5, 0])  # at 460, from 640 and 1000
+    np.testing.assert_allclose(plan.weights[0, 4, 0], [2, -1, 0])
+    assert not plan.weights[plan.compute].any()
+    assert plan.across is None
+    assert plan.measured == {"share": 0.5}
+    assert plan.reasons == ("re-timed from 10 steps to 6: skipped ones are extrapolated, not fitted",)
+
+
+def test_a_plan_for_other_steps_keeps_what_it_prunes_and_what_its_heads_do():
+    windows = np.full((1, 10, 1, 2), FULL, dtype=np.float32)
+    windows[0, 5:] = CACHED
+    compute = np.ones((1, 10, 2), dtype=bool)
+    compute[0, :, 1] = False
+    weights = np.zeros((1, 10, 2, 1), dtype=np.float32)
+    heads = HeadPlan(("blocks.0.attn",), windows)
+    plan = make(num_steps=10, depth=1, compute=compute, weights=weights, attention=heads).retimed([990, 510, 90])
+    assert plan.compute[0].tolist() == [[True, False]] * 3
+    assert not plan.weights.any()
+    assert plan.removed == ("blocks.1",)
+    assert plan.attention.windows[0, :, 0, 0].tolist() == [FULL, CACHED, CACHED]
+
+
+def test_a_plan_for_its_own_steps_computes_the_same():
+    plan = scheduled([0, 2, 7])
+    assert same(plan.retimed(plan.timesteps).compute, plan.compute)
+
+
+@pytest.mark.parametrize("timesteps", [[], [1000, float("nan")], [1000, 1000], [[1000, 500]]])
+def test_timesteps_that_are_none(timesteps):
+    with pytest.raises(PlanError, match=r"timesteps=\[.*\]: expected finite numbers, each another"):
+        make().retimed(timesteps)
+    with pytest.raises(PlanError, match="the plan has no steps"):
+        Plan.without_schedule(FINGERPRINT).retimed([1000, 500])
+
+
 def test_streams_have_rows_of_their_own_and_unknown_ones_those_of_the_first():
     plan = make(streams=("cond", "uncond"))
     assert [plan.index_of(stream) for stream in ("cond", "uncond", "7")] == [0, 1, 0]
@@ -713,3 +761,21 @@ def test_what_cannot_be_pruned_is_refused_with_its_step():
     plan.check_model(FINGERPRINT, ("a", "b"))
     with pytest.raises(PlanError, match="prunes 'b' at step 1, but a result of it is no residual"):
         plan.check_model(FINGERPRINT, ("a", "b"), ("b",))
+
+
+def test_fewer_steps_whose_timesteps_the_plan_has_are_refused_and_retimed_run():
+    """4 steps are every second of the plan's 8; a trajectory that begins later (image to image) is none of those."""
+    model = tiny_dit(2)
+    torch._dynamo.reset()
+    plan = scheduled([0, 3, 4, 9], fingerprint="").retimed([1000 - 125 * i for i in range(8)])
+    planned = compile_eagerly(model, {"plan": plan})
+    assert torch.equal(sample(planned)[0], sample(model)[0])
+    with pytest.raises(PlanError, match=r"step 2 has the timestep of step 3 of the plan's 8: .* plan.retimed"):
+        sample(planned, 4)
+    torch._dynamo.reset()
+    found = sample(compile_eagerly(model, {"plan": plan.retimed([1000, 750, 500, 250])}), 4)
+    assert torch.equal(found[0], sample(model, 4)[0])
+    x, computed = torch.randn(2, 16, 8), []
+    for timestep in (500.0, 375.0, 250.0):
+        computed.append(planned(x, torch.full((2,), timestep)))
+    assert not torch.equal(computed[0], computed[2])
