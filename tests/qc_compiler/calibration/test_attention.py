@@ -117,15 +117,15 @@ def test_relative_errors_by_hand():
     assert np.isnan(relative_errors(candidate, full)).tolist() == [False, True, False]
 
 
-def test_a_step_and_the_age_of_a_cached_head_weigh_on_its_error():
+def test_a_step_and_the_age_of_a_head_weigh_on_its_error():
     search = HeadSearch(1.0, weights=np.array([1.0, 1.0, 30.0]))
-    errors, savings, is_cached = np.full((2, 2), 0.01), np.array([1.0, 0.5]), [True, False]
+    errors, savings, ages = np.full((2, 2), 0.01), np.array([1.0, 0.5]), [True, False]
     search._now = "0", 1
-    assert search.choose(errors, savings, is_cached, np.array([1, 1])).tolist() == [0, 0]
-    assert search.choose(errors, savings, is_cached, np.array([1, 4])).tolist() == [0, 1]  # 4⁴ · 0.01 > 1
+    assert search.choose(errors, savings, ages, np.array([1, 1])).tolist() == [0, 0]
+    assert search.choose(errors, savings, ages, np.array([1, 4])).tolist() == [0, 1]  # 4⁴ · 0.01 > 1
     search._now = "0", 2
-    assert search.choose(errors, savings, is_cached, np.array([1, 2])).tolist() == [0, 1]  # 30 · 2⁴ · 0.01 > 1
-    assert search.choose(10 * errors, savings, is_cached, np.array([1, 1])).tolist() == [-1, -1]
+    assert search.choose(errors, savings, ages, np.array([1, 2])).tolist() == [0, 1]  # 30 · 2⁴ · 0.01 > 1
+    assert search.choose(10 * errors, savings, ages, np.array([1, 1])).tolist() == [-1, -1]
 
 
 def test_steps_weigh_by_what_they_do_in_the_end(model):
@@ -200,7 +200,7 @@ def test_what_is_chosen_holds_the_budget_on_what_was_recorded(model, recorded, s
             share = float(heads.windows[int(stream), step, layer, head])
             expected = by_hand(head, share, operands)
             torch.testing.assert_close(output[:, head].double(), expected, rtol=1e-5, atol=1e-6)
-            age[stream, layer, head] = age.get((stream, layer, head), 0) + 1 if share == CACHED else 0
+            age[stream, layer, head] = age.get((stream, layer, head), 0) + 1 if share != FULL else 0
             aged = max(age[stream, layer, head], 1) ** AGING
             total += weight * aged * float((expected - full).square().mean()) / spread
             saved += 1 - attended_share(half_width(share, 16), 16, 0)
