@@ -2,7 +2,8 @@
 
 Targets of speed and of quality are planned together (`calibrate(target=[…])`) on seeds and labels of their own. Then
 every row samples other seeds and labels: PSNR against the full computation, what the classifier recognizes, and the
-time of one whole trajectory over that of compiled Inductor, measured in turns in one run.
+time of one whole trajectory over that of compiled Inductor, measured in turns in one run. `planned` is the PSNR on the
+samples of the calibration. Re-timed plans are for 30 steps, and are compared with 30 full ones.
 
     OMP_NUM_THREADS=1 python benchmarks/joint.py [--model video]
 """
@@ -26,7 +27,8 @@ from sampling import DATA_RANGE, load_classifier, load_dit, load_model, psnr, sa
 
 STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE, ROUNDS = 50, 8, 7, 123, 2.0, 3
 TARGETS = ("psnr=30", "psnr=35", "psnr=40", "speedup=6.72", "speedup=10")
-HEADINGS = ("what", "PSNR dB", "recognized", "× Inductor", "computed", "decided")
+RETIMED = 30
+HEADINGS = ("what", "PSNR dB", "planned", "recognized", "× Inductor", "computed", "decided")
 RULES: dict[str, dict[str, Any]] = {
     "HLC": {"cache": "hlc", "level": "output", "cache_order": 2, "max_skip": 6},
     "TeaCache": {"cache": "teacache", "level": "network", "cache_order": 1, "max_skip": 6},
@@ -79,6 +81,7 @@ class Comparison:
         for target in TARGETS:
             found = remembered_plan(self.page, target, lambda target=target: self.plans[target])  # type: ignore[misc]
             yield self.row(f"joint, {target}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
+            yield remembered(self.page, f"re-timed, {target}", lambda t=target, found=found: self.retimed(t, found))  # type: ignore[misc]
         for share in SHARES:
             found = remembered_plan(self.page, f"schedule {share}", lambda share=share: self.schedule(share))  # type: ignore[misc]
             yield self.row(f"schedule, share {share}", lambda found=found: self.compiled(plan=found))  # type: ignore[misc]
@@ -116,20 +119,31 @@ class Comparison:
 
     def measure(self, name: str, compiled: Any, plan: qc_compiler.Plan | None) -> tuple[str, ...]:
         found = self.generate(compiled)
+        planned = f"{plan.measured['psnr']:.1f}" if plan else ""
         share = "100%" if compiled is self.inductor else f"{qc_compiler.summary(compiled).computed_share:.1%}"
-        return (name, *self.quality(found), f"{self.ratio(lambda: self.generate(compiled)):.2f}", share,
+        decibels, recognized = self.quality(found, self.reference)
+        return (name, decibels, planned, recognized, f"{self.ratio(lambda: self.generate(compiled)):.2f}", share,
                 plan.reasons[0] if plan else "")  # fmt: skip
+
+    def retimed(self, target: str, plan: qc_compiler.Plan) -> tuple[str, ...]:
+        """Returns the row of a plan for `STEPS` that runs `RETIMED`."""
+        compiled = self.compiled(plan=plan.retimed([1000 * (1 - i / RETIMED) for i in range(RETIMED)]))
+        found, full = self.generate(compiled, RETIMED), self.generate(self.inductor, RETIMED)
+        decibels, recognized = self.quality(found, full)
+        share = qc_compiler.summary(compiled).computed_share
+        return f"re-timed, {target}", decibels, "", recognized, "", f"{share:.1%}", f"{RETIMED} steps"
 
     def fewer(self, steps: int) -> tuple[str, ...]:
         def run() -> Tensor:
             return unipc(self.inductor, self.label, steps, SEED)
 
-        return (f"UniPC, {steps} steps", *self.quality(run()), f"{self.ratio(run):.2f}", f"{steps / STEPS:.0%}", "")
+        decibels, recognized = self.quality(run(), self.reference)
+        return f"UniPC, {steps} steps", decibels, "", recognized, f"{self.ratio(run):.2f}", f"{steps / STEPS:.0%}", ""
 
-    def quality(self, found: Tensor) -> tuple[str, str]:
+    def quality(self, found: Tensor, full: Tensor) -> tuple[str, str]:
         from classifier import accuracy
 
-        return f"{psnr(found, self.reference):.1f}", f"{accuracy(self.classifier, found, self.label):.1%}"
+        return f"{psnr(found, full):.1f}", f"{accuracy(self.classifier, found, self.label):.1%}"
 
     def ratio(self, run: Callable[[], Any]) -> float:
         """Returns the time of Inductor's trajectory over that of `run`, medians, in turns."""
@@ -148,8 +162,8 @@ def draw(rows: list[tuple[str, ...]], name: str) -> None:
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     methods: dict[str, list[tuple[float, float]]] = {}
-    for what, decibels, _, ratio, *_ in rows:
-        if decibels != "inf" and what != "Inductor":
+    for what, decibels, _, _, ratio, *_ in rows:
+        if decibels != "inf" and ratio and what != "Inductor":
             methods.setdefault(what.partition(",")[0], []).append((float(ratio), float(decibels)))
     for method, points in methods.items():
         style = {"color": "black", "linewidth": 2.5} if method == "joint" else {"linewidth": 1}

@@ -16,6 +16,7 @@ from .errors import UnsupportedModelError
 from .graph import Skip, body_calls, body_of, copy_of, is_parameter, outputs, placeholders
 from .options import parse_options
 from .pipeline import PassRun
+from .plan import Plan
 from .regions import find_sublayers
 
 
@@ -49,9 +50,14 @@ class GraphExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What happens to each graph of a model; prints as tables."""
+    """What happens to each graph of a model; prints as tables.
+
+    Attributes:
+        plan: The plan in the options, whose figures and reasons are printed too; or None.
+    """
 
     graphs: tuple[GraphExplanation, ...]
+    plan: Plan | None = None
 
     def __str__(self) -> str:
         console = Console(width=110)
@@ -81,6 +87,10 @@ class Explanation:
                     )
                 if graph.pruned:
                     console.print(f"pruned: {', '.join(graph.pruned)}", highlight=False)
+            if self.plan is not None:
+                figures = ", ".join(f"{name} {value:.3g}" for name, value in self.plan.measured.items())
+                lines = [f"plan: {figures or 'nothing was measured'}", *self.plan.reasons]
+                console.print("\n    ".join(lines), highlight=False, soft_wrap=True)
         return capture.get()
 
 
@@ -108,7 +118,7 @@ def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **
 
     with torch.no_grad():
         torch.compile(module, backend=explaining_backend)(*args, **kwargs)
-    return Explanation(tuple(graphs))
+    return Explanation(tuple(graphs), parsed.plan)
 
 
 def _explain_graph(gm: fx.GraphModule, num_inputs: int, options: Any) -> GraphExplanation:

@@ -45,6 +45,13 @@ def test_explain_shows_what_is_pruned_and_what_parameters_are_left(inputs):
     assert "pruned: blocks.0, blocks.2/mlp" in str(explanation)
 
 
+def test_explain_shows_what_a_plan_measured_and_why_it_is_so(inputs):
+    plan = qc_compiler.Plan.without_schedule("", measured={"psnr": 35.16}, reasons=("14 calls, w8a8", "heads: 1 %"))
+    shown = str(qc_compiler.explain(tiny_dit(), *inputs, options={"cache": "off", "plan": plan}))
+    assert "plan: psnr 35.2\n    14 calls, w8a8\n    heads: 1 %" in shown
+    assert "plan:" not in str(qc_compiler.explain(tiny_dit(), *inputs))
+
+
 def test_parameters_of_quantized_linears_are_read_too(inputs):
     model, options = tiny_dit(), {"cache": "off", "quantize": "w8a8", "emulate": True}
     (graph,) = qc_compiler.explain(model, *inputs, options=options).graphs
