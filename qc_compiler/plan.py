@@ -339,7 +339,7 @@ class Plan:
         for at in np.argwhere(~compute & ~prunes):
             stream, step, region = at
             last = times[:step][compute[stream, :step, region]][::-1][: min(2, self.depth)]
-            weights[(*at, slice(len(last)))] = polynomial_weights(last, times[step])
+            weights[(*at, slice(len(last)))] = polynomial_weights(last.tolist(), times[step])
         heads = self.attention
         if heads is not None and heads.layers:
             heads = replace(heads, windows=heads.windows[:, nearest_old])
