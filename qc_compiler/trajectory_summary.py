@@ -60,6 +60,7 @@ class Summary:
         notes: Why graphs of this model run as plain Inductor, if any do.
         schemes: What the numbers in `precision` stand for, as weight/activation.
         kept_bytes: What the attention heads that later steps reuse take, of one stream.
+        sites, layers: Names of the linears of `precision` and of the attentions of `attended`.
     """
 
     regions: tuple[RegionSpec, ...]
@@ -69,6 +70,8 @@ class Summary:
     notes: tuple[str, ...]
     schemes: tuple[str, ...] = ()
     kept_bytes: int = 0
+    sites: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
 
     @property
     def precision_shares(self) -> dict[str, float]:
@@ -96,7 +99,7 @@ class Summary:
         return computed_share(self.regions, [stream.pruned for stream in self.streams])
 
     def plot(self, path: str | Path) -> None:
-        """Draws the step × region map of every stream into a PNG."""
+        """Draws what was computed, attended and quantized how, step by step and for every stream, into a PNG."""
         from .plot import draw_map
 
         draw_map(self, path)
@@ -179,6 +182,8 @@ def summarize(model: Any) -> Summary:
         tuple(runtime.notes),
         tuple(f"{scheme.weight}/{scheme.activation}" for scheme in runtime.options.schemes),
         sum(math.prod(map(hint, layer.shape)) * layer.dtype.itemsize for layer in interface.layers),
+        tuple(site.name for site in interface.sites),
+        tuple(layer.name for layer in interface.layers),
     )
 
 

@@ -7,9 +7,11 @@ import torch
 
 import qc_compiler
 from driver import Driver, noise
+from head_plans import attentions
 from qc_compiler.graph import RegionSpec, Report
 from qc_compiler.pipeline import PassRun
 from qc_compiler.plan import Plan, Quantization
+from qc_compiler.plot import _maps
 from qc_compiler.trajectory_summary import computed_share
 from tiny_models import eager_backend, sample, tiny_dit
 
@@ -110,6 +112,26 @@ def test_the_precision_of_every_site_and_step_is_told():
 def test_the_map_is_a_png(summary, tmp_path):
     summary.plot(tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_heads_and_precision_have_maps_of_their_own(tmp_path):
+    model = tiny_dit(2)
+    plan = qc_compiler.calibrate(model, sample, None, attention=0.5, windows=(0.25,), progress=False, backend=backend)
+    options = {"cache": "static", "interval": 2, "quantize": "dmpq", "emulate": True, "plan": plan}
+    planned = torch.compile(model, backend=backend, options=options | {"level": "output+block"})
+    sample(planned)
+    summary = qc_compiler.summary(planned)
+    regions, heads, precision = _maps(summary, summary.streams[0])
+    assert regions.names == ["output", "blocks.0", "blocks.1"]
+    assert heads.names == tuple(attentions(2))
+    assert np.isnan(heads.values[1::2]).all()
+    assert (heads.values[0] == 1).all()
+    assert 0 < heads.values[2::2].mean() < 1
+    assert len(precision.names) == precision.values.shape[1] == 8
+    assert (precision.values[1::2] == 0).all()
+    assert (precision.values[::2] == 2).all()
+    assert precision.labels == ("reused", "nvfp4/nvfp4", "nvfp4/uint8")
+    summary.plot(tmp_path / "map.png")
 
 
 def test_computed_share_is_weighted_by_flops():
