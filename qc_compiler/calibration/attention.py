@@ -55,7 +55,7 @@ class HeadSearch:
     Attributes:
         budget: δ, of the summed RSE of a layer.
         candidates: What a head may do beside full and cached attention: parts of the vision tokens, or codes.
-        weights: Of the steps' errors, (N,); None weighs all alike.
+        weights: Of the steps, (N,); None weighs all alike, until `find_heads` measures them.
         timesteps: Of the steps so far.
         chosen: For each stream, step and layer what each head does, (H,).
         saved, total: Query–key pairs of all heads of the computed steps.
