@@ -53,7 +53,7 @@ class HeadSearch:
     """Steers a model whose plan leaves its heads open, and keeps what it chose.
 
     Attributes:
-        budget: δ, of the summed RSE of a layer.
+        budget: δ, of the summed errors of a layer.
         candidates: What a head may do beside full and cached attention: parts of the vision tokens, or codes.
         weights: Of the steps, (N,); None weighs all alike, until `find_heads` measures them.
         timesteps: Of the steps so far.
@@ -95,9 +95,9 @@ class HeadSearch:
 
         full = run(FULL)
         tried: dict[float, tuple[int, Tensor]] = {}
-        if any(known in self.chosen for known in ((stream, before, layer) for before in range(step))):
+        if self.tries(step) and any((stream, before, layer) in self.chosen for before in range(step)):
             tried[CACHED] = CACHED, run(CACHED)
-        for share in self.candidates if step else ():
+        for share in self.candidates if self.tries(step) else ():
             code = half_width(share, tokens - abs(num_text))
             if code != FULL:
                 tried[share] = code, run(code)
@@ -119,6 +119,10 @@ class HeadSearch:
         self.total += heads
         self.chosen[stream, step, layer] = chosen
         return output
+
+    def tries(self, step: int) -> bool:
+        """Whether heads may do anything but full attention at a step."""
+        return step > 0
 
     def choose(
         self, errors: NDArray[Any], savings: NDArray[Any], ages: Sequence[bool], age: NDArray[Any]
@@ -150,11 +154,12 @@ class Probe(HeadSearch):
     step: int = -1
     errors: list[float] = field(default_factory=list)
 
+    def tries(self, step: int) -> bool:
+        return step == self.step
+
     def choose(
         self, errors: NDArray[Any], savings: NDArray[Any], ages: Sequence[bool], age: NDArray[Any]
     ) -> NDArray[np.int_]:
-        if self._now[1] != self.step:
-            return np.full(len(errors), -1)
         self.errors.append(float(errors[:, 0].mean()))
         return np.zeros(len(errors), dtype=int)
 
