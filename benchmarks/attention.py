@@ -1,7 +1,6 @@
 """Head-wise attention on the CPU, side by side with PyTorch's of all pairs: `python benchmarks/attention.py`."""
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from harness import header, table, write
+from harness import header, in_turns, side_by_side, table, write
 from qc_compiler.attention import CACHED, FULL, attended_share
 from qc_compiler.kernels.cpu_attention import cpu_attention
 
@@ -53,9 +52,9 @@ def compare(tokens: int) -> list[tuple[object, ...]]:
 
     runs: list[Callable[[], Tensor]] = [lambda: scaled_dot_product_attention(query, key, value, scale=scale)]
     runs += [lambda plan=plan: run(plan) for plan in PLANS]  # type: ignore[misc]
-    dense, *ours = interleaved(runs)
+    dense, *ours = (taken[1:] for taken in in_turns(runs, REPEATS + 1))  # the first does not count
     return [
-        (tokens, int(tokens * plan.text_share), plan.name, f"{saved(plan, tokens):.0%}", *cells(dense, found))
+        (tokens, int(tokens * plan.text_share), plan.name, f"{saved(plan, tokens):.0%}", *side_by_side(dense, found))
         for plan, found in zip(PLANS, ours)
     ]
 
@@ -68,22 +67,6 @@ def widths(plan: Plan, tokens: int) -> list[int]:
 def saved(plan: Plan, tokens: int) -> float:
     num_text = int(tokens * plan.text_share)
     return 1 - statistics.mean(attended_share(width, tokens, num_text) for width in widths(plan, tokens))
-
-
-def interleaved(runs: list[Callable[[], Tensor]]) -> list[list[float]]:
-    """Returns the milliseconds of each run, after one that does not count."""
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(REPEATS + 1):
-        for run, found in zip(runs, times):
-            start = time.perf_counter()
-            run()
-            found.append((time.perf_counter() - start) * 1e3)
-    return [found[1:] for found in times]
-
-
-def cells(dense: list[float], ours: list[float]) -> tuple[str, str, str]:
-    shown = [f"{statistics.median(found):.1f} ({min(found):.1f}–{max(found):.1f})" for found in (dense, ours)]
-    return shown[0], shown[1], f"{statistics.median(dense) / statistics.median(ours):.2f}×"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import json
 import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -39,6 +41,26 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Returns the seconds of each run, all of them once in every round."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, taken in zip(runs, times):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+    return times
+
+
+def side_by_side(plain: Sequence[float], ours: Sequence[float]) -> tuple[str, str, str]:
+    """Returns cells of a table, from seconds: both medians and ranges in milliseconds, and the speed-up."""
+    cells = [
+        f"{statistics.median(taken) * 1e3:.1f} ({min(taken) * 1e3:.1f}–{max(taken) * 1e3:.1f})"
+        for taken in (plain, ours)
+    ]
+    return cells[0], cells[1], f"{statistics.median(plain) / statistics.median(ours):.2f}×"
 
 
 def write(name: str, text: str) -> None:

@@ -10,7 +10,6 @@ the captions; times are of one whole trajectory, ours and Inductor's in turns in
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import qc_compiler
-from harness import header, remembered, remembered_plan, table, write
+from harness import header, in_turns, remembered, remembered_plan, table, write
 from qc_compiler.attention import CACHED, FULL, attended_share
 from qc_compiler.heads import half_width
 from qc_compiler.plan import HeadPlan, Plan
@@ -130,13 +129,12 @@ class Comparison:
 
     def speed_up(self, model: Any) -> float:
         """Returns Inductor's time of a trajectory over ours, medians of runs in turns."""
-        times: dict[Any, list[float]] = {self.inductor: [], model: []}
-        for _ in range(ROUNDS):
-            for each, known in times.items():
-                start = time.perf_counter()
-                self.generate(each, self.others, CALIBRATION_SEED)
-                known.append(time.perf_counter() - start)
-        return statistics.median(times[self.inductor]) / statistics.median(times[model])
+
+        def run(each: Any) -> Callable[[], Tensor]:
+            return lambda: self.generate(each, self.others, CALIBRATION_SEED)
+
+        plain, ours = in_turns([run(self.inductor), run(model)], ROUNDS)
+        return statistics.median(plain) / statistics.median(ours)
 
 
 def uniform(plan: Plan, saved: float) -> Plan:

@@ -11,7 +11,6 @@ samples of the calibration. Re-timed plans are for 30 steps, and are compared wi
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import qc_compiler
-from harness import RESULTS, header, remembered, remembered_plan, table, write
+from harness import RESULTS, header, in_turns, remembered, remembered_plan, table, write
 from quality import unipc
 from sampling import DATA_RANGE, load_classifier, load_dit, load_model, psnr, sample
 
@@ -147,13 +146,8 @@ class Comparison:
 
     def ratio(self, run: Callable[[], Any]) -> float:
         """Returns the time of Inductor's trajectory over that of `run`, medians, in turns."""
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(ROUNDS):
-            for taken, sampled in zip(times, (lambda: self.generate(self.inductor), run)):
-                start = time.perf_counter()
-                sampled()
-                taken.append(time.perf_counter() - start)
-        return statistics.median(times[0]) / statistics.median(times[1])
+        plain, ours = in_turns([lambda: self.generate(self.inductor), run], ROUNDS)
+        return statistics.median(plain) / statistics.median(ours)
 
 
 def draw(rows: list[tuple[str, ...]], name: str) -> None:

@@ -6,15 +6,13 @@
     python benchmarks/linears.py                  on a CPU; on a GPU: linears_cuda.py
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness import header, table, write
+from harness import header, in_turns, side_by_side, table, write
 from qc_compiler.formats import parse_format
 from qc_compiler.formats.schemes import SCHEMES
 from qc_compiler.kernels import find_kernel
@@ -46,7 +44,7 @@ def linears() -> str:
         prepared = kernel.prepare(parse_format("int8").quantize(w), "int8")
         plain, ours = torch.compile(torch.nn.functional.linear), torch.compile(quantized)
         runs = {"inductor": lambda: plain(x, w, b), "w8a8": lambda: ours(x, b, *prepared)}  # noqa: B023
-        rows.append((f"{name}, {inner} → {outer}", *side_by_side(runs)))
+        rows.append((f"{name}, {inner} → {outer}", *timed(runs)))
     return table(("linear", "Inductor, ms", "W8A8, ms", "speed-up"), rows)
 
 
@@ -64,24 +62,16 @@ def steps() -> str:
             "inductor": lambda: plain(x, t, label).sample,
             "w8a8": lambda: ours(x, t, label).sample,
         }
-        row = side_by_side(runs)
+        row = timed(runs)
         expected, found = runs["inductor"](), runs["w8a8"]()
     error = float((found - expected).norm() / expected.norm())
     return table(("Inductor, ms", "W8A8, ms", "speed-up", "relative error"), [(*row, f"{error:.1e}")])
 
 
-def side_by_side(runs: dict[str, Callable[[], Tensor]]) -> tuple[str, str, str]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def timed(runs: dict[str, Callable[[], Tensor]]) -> tuple[str, str, str]:
     for run in runs.values():
         run(), run()
-    for _ in range(REPEATS):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    plain, ours = (statistics.median(found) for found in times.values())
-    cells = [f"{statistics.median(found):.1f} ({min(found):.1f}–{max(found):.1f})" for found in times.values()]
-    return cells[0], cells[1], f"{plain / ours:.2f}×"
+    return side_by_side(*in_turns(list(runs.values()), REPEATS))
 
 
 if __name__ == "__main__":
