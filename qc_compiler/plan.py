@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from .attention import CACHED, FULL, INT8
 from .errors import PlanError
-from .extrapolation import polynomial_weights
+from .extrapolation import moved_weights
 
 VERSION = 4
 
@@ -312,9 +312,9 @@ class Plan:
     def retimed(self, timesteps: Sequence[float]) -> "Plan":
         """Returns the plan for other timesteps of the same sampler: another number of steps, or another shift of them.
 
-        What the plan computes at a step is computed at that of the new steps which lies nearest. A skipped step is
-        extrapolated (a line through the last two computed), since what was fitted belongs to the old steps; heads do as
-        at the nearest old step. A compensation is dropped, and so is what was measured: calibrate for better.
+        What the plan computes at a step is computed at that of the new steps which lies nearest. The weights of a
+        skipped step are read between those fitted for old ones (`moved_weights`); heads do as at the nearest old step.
+        A compensation is dropped, and so is what was measured: calibrate for better.
 
         Args:
             timesteps: What the model will be called with, in order, such as `scheduler.timesteps.tolist()`.
@@ -336,20 +336,25 @@ class Plan:
             compute[:, new] |= self.compute[:, old]
         prunes = self.prunes[:, nearest_old] & ~compute
         weights = np.zeros((*compute.shape, self.depth), dtype=np.float32)
-        for at in np.argwhere(~compute & ~prunes):
-            stream, step, region = at
-            last = times[:step][compute[stream, :step, region]][::-1][: min(2, self.depth)]
-            weights[(*at, slice(len(last)))] = polynomial_weights(last.tolist(), times[step])
+        across = None if self.across is None else np.zeros((len(self.streams), times.size, 1 + self.depth), np.float32)
+        for stream, region in np.ndindex(len(self.streams), len(self.regions)):
+            at = stream, slice(None), region
+            beside = [] if self.across is None or region else [self.across[stream]]
+            fitted = np.concatenate([self.weights[at], *beside], axis=1)
+            moved = moved_weights(fitted, known, self.compute[at], times, compute[at], self.depth)
+            weights[at] = np.where(prunes[at][:, None], 0, moved[:, : self.depth])
+            if across is not None and not region:
+                across[stream] = moved[:, self.depth :]
         heads = self.attention
         if heads is not None and heads.layers:
             heads = replace(heads, windows=heads.windows[:, nearest_old])
-        note = f"re-timed from {self.num_steps} steps to {times.size}: skipped ones are extrapolated, not fitted"
+        note = f"re-timed from {self.num_steps} steps to {times.size}: weights are read between those fitted"
         return replace(
             self,
             timesteps=tuple(times.tolist()),
             compute=compute,
             weights=weights,
-            across=None,
+            across=across,
             compensation=None,
             attention=heads,
             measured={"share": float(compute.mean())} if self.has_schedule else {},

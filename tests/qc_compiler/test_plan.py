@@ -344,22 +344,31 @@ def test_a_timestep_of_another_schedule(timestep):
 def scheduled(computed, **changes):
     """A plan of 10 steps, 1000, 900 … 100, that computes some of them."""
     compute = np.isin(np.arange(10), computed)[None, :, None]
-    weights = np.where(compute[..., None], 0, np.float32([0.6, 0.3, 0.1]))
+    weights = np.where(compute[..., None], 0, changes.pop("weights", np.float32([0.6, 0.3, 0.1])))
     changes = {"across": np.ones((1, 10, 4), dtype=np.float32), "level": "output", "regions": ("output",)} | changes
     return make(num_steps=10, num_regions=1, depth=3, compute=compute, weights=weights, **changes)
 
 
 def test_a_plan_for_other_steps():
-    plan = scheduled([0, 3, 4, 9]).retimed([1000, 820, 640, 460, 280, 100])
+    numbered = np.arange(10, dtype=np.float32)[None, :, None, None] * np.float32([1, 0, 0.1])
+    across = np.arange(10, dtype=np.float32)[None, :, None] * np.float32([1, -1, 0, 0])
+    plan = scheduled([0, 3, 4, 9], weights=numbered, across=across).retimed([1000, 820, 640, 460, 280, 100])
     assert plan.timesteps == (1000, 820, 640, 460, 280, 100)
     assert np.flatnonzero(plan.compute).tolist() == [0, 2, 5]  # 700 and 600 both lie nearest to 640
-    assert plan.weights[0, 1, 0].tolist() == [1, 0, 0]
-    np.testing.assert_allclose(plan.weights[0, 3, 0], [1.5, -0.5, 0])  # at 460, from 640 and 1000
-    np.testing.assert_allclose(plan.weights[0, 4, 0], [2, -1, 0])
+    stands_for = [1.5, 4 + 5 / 3, 4 + 10 / 3]  # half of the way from 0 to 3, a third and two of that from 4 to 9
+    np.testing.assert_allclose(plan.weights[0, [1, 3, 4], 0], np.outer(stands_for, [1, 0, 0.1]), rtol=1e-5)
+    np.testing.assert_allclose(plan.across[0, [1, 3, 4]], np.outer(stands_for, [1, -1, 0, 0]), rtol=1e-5)
     assert not plan.weights[plan.compute].any()
-    assert plan.across is None
     assert plan.measured == {"share": 0.5}
-    assert plan.reasons == ("re-timed from 10 steps to 6: skipped ones are extrapolated, not fitted",)
+    assert plan.reasons == ("re-timed from 10 steps to 6: weights are read between those fitted",)
+
+
+def test_where_a_plan_skipped_nothing_its_new_steps_are_on_a_line():
+    plan = scheduled([0, 3, 4, 9]).retimed([1000 - 50 * i for i in range(19)])
+    assert np.flatnonzero(plan.compute).tolist() == [0, 6, 8, 18]
+    np.testing.assert_allclose(plan.weights[0, 7, 0], [7 / 6, -1 / 6, 0], rtol=1e-5)  # at 650, from 700 and 1000
+    np.testing.assert_allclose(plan.weights[0, 3, 0], [0.6, 0.3, 0.1], rtol=1e-5)
+    assert not plan.across[0, 7].any()
 
 
 def test_a_plan_for_other_steps_keeps_what_it_prunes_and_what_its_heads_do():
