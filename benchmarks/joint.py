@@ -5,13 +5,14 @@ every row samples other seeds and labels: PSNR against the full computation, wha
 time of one whole trajectory over that of compiled Inductor, measured in turns in one run. `planned` is the PSNR on the
 samples of the calibration. Re-timed plans are for 30 steps, and are compared with 30 full ones.
 
-    OMP_NUM_THREADS=1 python benchmarks/joint.py [--model video]
+    OMP_NUM_THREADS=1 python benchmarks/joint.py [--model video|image|text]
 """
 
 import argparse
 import functools
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 import qc_compiler
 from harness import RESULTS, header, in_turns, remembered, remembered_plan, table, write
 from quality import unipc
-from sampling import DATA_RANGE, load_classifier, load_dit, load_model, psnr, sample
+from sampling import DATA_RANGE, load_classifier, load_dit, load_mmdit, load_model, psnr, sample, shift_times
 
-STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE, ROUNDS = 50, 8, 7, 123, 2.0, 3
+STEPS, SEED, CALIBRATION_SEED, ROUNDS = 50, 7, 123, 3
 TARGETS = ("psnr=30", "psnr=35", "psnr=40", "speedup=6.72", "speedup=10")
 RETIMED = 30
 HEADINGS = ("what", "PSNR dB", "planned", "recognized", "× Inductor", "computed", "decided")
@@ -43,15 +44,36 @@ VALUES = {
 SHARES = (0.1, 0.14, 0.2)  # of schedules alone
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and how it is sampled."""
+
+    title: str
+    load: Callable[[], Any]
+    size: tuple[int, ...]
+    batch: int
+    guidance: float = 2.0
+    shift: float = 1.0
+    max_generations: float = 60.0  # of the calibration
+
+
+SUBJECTS = {
+    "video": Subject("video DiT", load_model, (1, 8, 16, 16), batch=8),
+    "image": Subject("image DiT", load_dit, (1, 16, 16), batch=8),
+    "text": Subject("MMDiT", load_mmdit, (1, 64, 64), batch=2, guidance=2.5, shift=4.0, max_generations=30.0),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("image", "video"), default="video")
+    parser.add_argument("--model", choices=SUBJECTS, default="video")
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 100  # each row is a graph of its own, beside Inductor's
     comparison = Comparison(args.model)
     rows = list(comparison.rows())
-    text = header(f"One plan for everything: the {args.model} DiT", f"python benchmarks/joint.py --model {args.model}")
-    text += f"\n{BATCH} samples, {STEPS} steps, guidance {GUIDANCE}; calibrated on other seeds and labels.\n\n"
+    how = comparison.subject
+    text = header(f"One plan for everything: the {how.title}", f"python benchmarks/joint.py --model {args.model}")
+    text += f"\n{how.batch} samples, {STEPS} steps, guidance {how.guidance}; calibrated on other seeds and labels.\n\n"
     text += f"{table(HEADINGS, rows)}\n![frontier](joint_{args.model}.png)\n"
     draw(rows, args.model)
     write(f"joint_{args.model}.md", text)
@@ -62,18 +84,26 @@ class Comparison:
 
     def __init__(self, name: str) -> None:
         self.page = f"joint_{name}"
-        self.model: Any = (load_dit if name == "image" else load_model)().requires_grad_(False)
-        self.size = (1, 16, 16) if name == "image" else (1, 8, 16, 16)
-        self.is_video, self.classifier = name == "video", load_classifier()
-        self.label = torch.arange(BATCH) % 10
+        self.subject, self.is_text, self.classifier = SUBJECTS[name], name == "text", load_classifier()
+        self.model: Any = self.subject.load().requires_grad_(False)
+        self.labels, self.other_labels = self.draw_labels(SEED), self.draw_labels(CALIBRATION_SEED)
         self.inductor = torch.compile(self.model)
         self.reference = self.generate(self.inductor)
 
+    def draw_labels(self, seed: int) -> Tensor:
+        if self.is_text:
+            from captions import captioned_digits
+
+            return captioned_digits(self.subject.batch, seed)[1]
+        return (torch.arange(self.subject.batch) + (0 if seed == SEED else self.subject.batch)) % 10
+
     def generate(self, model: Callable[..., Tensor], steps: int = STEPS) -> Tensor:
-        return sample(model, self.label, steps, SEED, GUIDANCE, self.size)
+        how = self.subject
+        return sample(model, self.labels, steps, SEED, how.guidance, how.size, shift=how.shift)
 
     def calibration_samples(self, model: Callable[..., Tensor]) -> Tensor:
-        return sample(model, (self.label + BATCH) % 10, STEPS, CALIBRATION_SEED, GUIDANCE, self.size)
+        how = self.subject
+        return sample(model, self.other_labels, STEPS, CALIBRATION_SEED, how.guidance, how.size, shift=how.shift)
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         yield self.row("Inductor", lambda: self.inductor)
@@ -90,9 +120,8 @@ class Comparison:
             for value in VALUES[rule]:
                 named = options | {knob: value, "num_steps": STEPS}
                 yield self.row(f"{rule}, {knob} {value}", lambda named=named: self.compiled(**named))  # type: ignore[misc]
-        if self.is_video:
-            for steps in (5, 7, 10, 13, 17, 25):
-                yield remembered(self.page, f"UniPC, {steps} steps", lambda steps=steps: self.fewer(steps))  # type: ignore[misc]
+        for steps in (5, 7, 10, 13, 17, 25):
+            yield remembered(self.page, f"UniPC, {steps} steps", lambda steps=steps: self.fewer(steps))  # type: ignore[misc]
 
     @functools.cached_property
     def plans(self) -> dict[str, qc_compiler.Plan]:
@@ -102,6 +131,7 @@ class Comparison:
             self.calibration_samples,
             target=TARGETS,
             data_range=DATA_RANGE,
+            max_generations=self.subject.max_generations,
             resume=f"out/benchmarks/{self.page}.calibration",
             progress=False,
         )
@@ -126,23 +156,28 @@ class Comparison:
 
     def retimed(self, target: str, plan: qc_compiler.Plan) -> tuple[str, ...]:
         """Returns the row of a plan for `STEPS` that runs `RETIMED`."""
-        compiled = self.compiled(plan=plan.retimed([1000 * (1 - i / RETIMED) for i in range(RETIMED)]))
+        times = shift_times(torch.linspace(1, 0, RETIMED + 1)[:-1], self.subject.shift)
+        compiled = self.compiled(plan=plan.retimed((1000 * times).tolist()))
         found, full = self.generate(compiled, RETIMED), self.generate(self.inductor, RETIMED)
         decibels, recognized = self.quality(found, full)
         share = qc_compiler.summary(compiled).computed_share
         return f"re-timed, {target}", decibels, "", recognized, "", f"{share:.1%}", f"{RETIMED} steps"
 
     def fewer(self, steps: int) -> tuple[str, ...]:
+        how = self.subject
+
         def run() -> Tensor:
-            return unipc(self.inductor, self.label, steps, SEED)
+            return unipc(self.inductor, self.labels, steps, SEED, how.guidance, how.size, how.shift)
 
         decibels, recognized = self.quality(run(), self.reference)
         return f"UniPC, {steps} steps", decibels, "", recognized, f"{self.ratio(run):.2f}", f"{steps / STEPS:.0%}", ""
 
     def quality(self, found: Tensor, full: Tensor) -> tuple[str, str]:
+        from captions import caption_accuracy
         from classifier import accuracy
 
-        return f"{psnr(found, full):.1f}", f"{accuracy(self.classifier, found, self.label):.1%}"
+        recognize = caption_accuracy if self.is_text else accuracy
+        return f"{psnr(found, full):.1f}", f"{recognize(self.classifier, found, self.labels):.1%}"
 
     def ratio(self, run: Callable[[], Any]) -> float:
         """Returns the time of Inductor's trajectory over that of `run`, medians, in turns."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import qc_compiler
 from harness import RESULTS, header, table, write
-from sampling import NULL_LABEL, load_model, psnr, sample
+from sampling import NULL_LABEL, load_model, psnr, sample, shift_times
 
 STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE = 50, 8, 7, 123, 2.0
 SHARES = (0.16, 0.25, 0.33, 0.5)
@@ -110,20 +110,28 @@ def sweeps() -> list[tuple[str, dict[str, object], str, tuple[float, ...]]]:
     return found
 
 
-def unipc(model: Callable[..., Tensor], label: Tensor, steps: int, seed: int) -> Tensor:
+def unipc(
+    model: Callable[..., Tensor],
+    label: Tensor,
+    steps: int,
+    seed: int,
+    guidance: float = GUIDANCE,
+    size: tuple[int, ...] = (1, 8, 16, 16),
+    shift: float = 1.0,
+) -> Tensor:
     """Samples like `sampling.sample`, with diffusers' UniPC solver on the same rectified flow."""
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=1.0
     )
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), device="cpu")
-    x = torch.randn(len(label), 1, 8, 16, 16, generator=torch.Generator().manual_seed(seed))
+    scheduler.set_timesteps(sigmas=shift_times(torch.linspace(1.0, 1.0 / steps, steps), shift).numpy(), device="cpu")
+    x = torch.randn(len(label), *size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
             time = torch.full((len(label),), 1000 * float(sigma))
             unguided = model(x, time, torch.full_like(label, NULL_LABEL))
-            velocity = unguided + GUIDANCE * (model(x, time, label) - unguided)
+            velocity = unguided + guidance * (model(x, time, label) - unguided)
             x = scheduler.step(velocity, timestep, x).prev_sample
     return x
 

@@ -19,32 +19,30 @@ Source: ours. The interactions are those of Q&C (arXiv 2503.02508) and 6Bit-Diff
 is cached counts as often as it is reused, which g measures.
 """
 
-import hashlib
 import inspect
 import itertools
-import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import OptionError, PlanError, QuantCacheError
+from ..errors import OptionError, QuantCacheError
 from ..estimate import cost
 from ..plan import Plan, Quantization
 from ..region_costs import Variant
 from ..registry import runtime_of
-from ..runtime import GuardedGraph, Position, StreamState
 from .attention import PROBES, calibrate_heads, open_heads, step_weights
-from .recording import COMPUTE_ALL, Recording, flat, run_steered
+from .journal import Journal
+from .recording import COMPUTE_ALL, Recording, first_call, flat, run_steered
+from .removal import OneBlockLess
 from .schedule import DEPTH, Schedules, ScheduleSearch
 
 SCHEMES = ("w8a8", "fp8", "nvfp4", "w4a8")
@@ -316,7 +314,7 @@ class JointPlanner:
             is_over = self.generations > self.max_generations and self._best(target) is not None
             if choice in self._built or is_over:
                 break
-            self._built[choice] = self._build(choice)
+            self._built[choice] = self._journal.plan(f"plan: {choice}", lambda: self._build(choice))  # noqa: B023
             self._correct(choice, self._built[choice])
         best = self._best(target)
         if best is None:  # nothing meets it: the nearest
@@ -344,26 +342,11 @@ class JointPlanner:
 
     def _build(self, choice: Choice) -> Plan:
         plan = Plan.without_schedule(self.fingerprint, pruned=choice.pruned)
-        schedules = None
-        if choice.calls < self.num_calls:
-            _, schedules, gain = self._schedule(choice.calls)
-            search = self._search(self._compiled(), choice.calls)
-            search.gain = gain
-            plan = replace(search.plan(schedules), pruned=choice.pruned)
         if choice.delta is not None:
-            plan = self._with_heads(plan, choice.delta)
-        emulate = choice.quantize is not None and choice.quantize not in self.levers.fast
-        compression: dict[str, Any] = {
-            "quantization": Quantization.named(choice.quantize) if choice.quantize else None,
-            "attention": plan.attention,
-            "pruned": choice.pruned,
-        }
-        if schedules is not None and any(compression.values()):
-            known = Plan.without_schedule("", plan.timesteps, plan.streams, **compression)
-            search = self._search(self._compiled(plan=known, emulate=emulate), choice.calls)
-            search.gain = gain
-            plan = search.plan(schedules)
-        plan = replace(plan, **compression)
+            plan = self._with_heads(self._scheduled(choice, plan), choice.delta)
+        plan = replace(plan, quantization=Quantization.named(choice.quantize) if choice.quantize else None)
+        plan = self._scheduled(choice, plan)
+        emulate = self._is_emulated(choice)
         options: dict[str, Any] = {"strict": True, "plan": plan} | ({} if plan.has_schedule else {"cache": "off"})
         compiled = torch.compile(self.module, backend=self.backend, options=options | {"emulate": emulate})
         share = choice.calls / self.num_calls
@@ -373,8 +356,50 @@ class JointPlanner:
         predicted = self._predict(choice)
         measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}
         measured["generations"] = self.generations
-        reasons = (str(choice), *self.levers.reasons)
-        return replace(plan, measured=plan.measured | measured, reasons=reasons)
+        return replace(plan, measured=plan.measured | measured, reasons=tuple(self._reasons(choice)))
+
+    def _scheduled(self, choice: Choice, plan: Plan) -> Plan:
+        """Returns the plan with the schedule of the choice, whose weights are fitted to what the plan compresses."""
+        if choice.calls == self.num_calls:
+            return plan
+        bare = Plan.without_schedule("", plan.timesteps, plan.streams)
+        compression = {name: getattr(plan, name) for name in ("quantization", "attention", "pruned")}
+        options = {"plan": replace(bare, **compression), "emulate": self._is_emulated(choice)}
+        _, schedules, gain = self._schedule(choice.calls)
+        search = self._search(self._compiled(**options if any(compression.values()) else {}), choice.calls)
+        search.gain = gain
+        return replace(search.plan(schedules), **compression)
+
+    def _is_emulated(self, choice: Choice) -> bool:
+        return choice.quantize is not None and choice.quantize not in self.levers.fast
+
+    def _reasons(self, choice: Choice) -> Iterator[str]:
+        """Yields what was decided, what each decision changed otherwise would bring, and what was no lever here."""
+
+        def told(instead: Choice) -> str:
+            error, speedup = self._predict(instead)
+            return f"{speedup:.2f}× at {self._psnr(error):.1f} dB predicted"
+
+        yield str(choice)
+        yield f"so: {told(choice)}"
+        num_streams = len(self.recording.outputs)
+        for calls in (choice.calls - num_streams, choice.calls + num_streams):
+            if 2 * num_streams <= calls <= self.num_calls:
+                yield f"with {calls} calls: {told(replace(choice, calls=calls))}"
+        for scheme in self.levers.schemes:
+            if scheme != choice.quantize:
+                yield f"with {scheme or 'linears as they are'}: {told(replace(choice, quantize=scheme))}"
+        for delta in self.levers.deltas:
+            if delta != choice.delta:
+                heads = f"heads within δ = {delta}" if delta else "full heads"
+                yield f"with {heads}: {told(replace(choice, delta=delta))}"
+        names = [name for name, _ in self.levers.prunable]
+        for count in (len(choice.pruned) - 1, len(choice.pruned) + 1):
+            if 0 <= count <= len(names):
+                changed = set(choice.pruned) ^ set(names[:count])
+                verb = "without" if count > len(choice.pruned) else "with"
+                yield f"{verb} {', '.join(changed)}: {told(replace(choice, pruned=tuple(names[:count])))}"
+        yield from self.levers.reasons
 
     def _correct(self, choice: Choice, plan: Plan) -> None:
         """Learns from what was built how much reuse multiplies the compression's error, and how long steps take."""
@@ -436,92 +461,6 @@ class JointPlanner:
         return 10 * math.log10(spread**2 / mean_square) if mean_square > 0 else math.inf
 
 
-class Journal:
-    """Remembers what was measured in a file, if it has one, for the same model and samples.
-
-    Args:
-        path: Of a JSON file; None remembers nothing.
-    """
-
-    def __init__(self, path: str | Path | None) -> None:
-        self._path = None if path is None else Path(path)
-        self._known: dict[str, Any] = {}
-
-    def open(self, fingerprint: str, reference: Tensor) -> None:
-        """Reads what is known of this model and these samples; anything else is forgotten."""
-        key = hashlib.sha256(fingerprint.encode() + reference.numpy().tobytes()).hexdigest()
-        try:
-            known = json.loads(self._path.read_text()) if self._path and self._path.exists() else {}
-        except ValueError as error:
-            raise PlanError(f"{self._path} is damaged ({error}): delete it to begin anew") from error
-        is_ours = isinstance(known, dict) and known.get("key") == key
-        self._known = known if is_ours else {"key": key}
-
-    def get(self, name: str, measure: Callable[[], Any]) -> Any:
-        """Returns what is known by this name, or measures it and writes it down."""
-        if name not in self._known:
-            self._known[name] = measure()
-            if self._path is not None:
-                part = self._path.with_name(f"{self._path.name}.part")
-                part.write_text(json.dumps(self._known))
-                part.replace(self._path)
-        return self._known[name]
-
-
 def _as_tuples(value: Any) -> Any:
     """Returns schedules as they were before they became JSON."""
     return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-class OneBlockLess:
-    """Leaves one block out of each call, another each time, and keeps the trajectory on its recorded path."""
-
-    def __init__(self, recording: Recording) -> None:
-        self.recording, self._turn, self._name = recording, 0, ""
-        self._errors: dict[str, list[float]] = {}
-
-    def decide(
-        self, graph: GuardedGraph, position: Position, state: StreamState, *_: Any
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], None]:
-        names = [name for name, can in zip(graph.names, graph._prunable) if can and name not in ("output", "probe")]
-        compute = np.ones(len(graph.names), dtype=np.bool_)
-        self._name = names[self._turn % len(names)] if names else ""
-        self._turn += 1
-        if self._name:
-            compute[graph.names.index(self._name)] = False
-        return compute, np.zeros((len(graph.names), graph.interface.depth), dtype=np.float32), None
-
-    def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
-        wanted = self.recording.outputs[position.stream][position.step]
-        error = float((flat(results[0]) - wanted).norm() / wanted.norm())
-        self._errors.setdefault(self._name, []).append(error)
-        return (wanted.view_as(results[0]).to(results[0]), *results[1:])
-
-    def harms(self) -> dict[str, float]:
-        """Returns the mean error of a prediction without each block."""
-        return {name: float(np.mean(errors)) for name, errors in self._errors.items() if name}
-
-
-class _Called(Exception):
-    """Carries the arguments of a model's first call."""
-
-
-def first_call(module: nn.Module, generate: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments with which `generate` first calls the model; the model itself does not run.
-
-    Raises:
-        QuantCacheError: it never does.
-    """
-
-    def stop(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Called(args, kwargs)
-
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        generate(module)
-    except _Called as call:
-        args, kwargs = call.args
-        return args, kwargs
-    finally:
-        handle.remove()
-    raise QuantCacheError("generate(model) never called the model")

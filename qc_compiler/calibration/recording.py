@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import OptionError, QuantCacheError
 from ..registry import runtime_of
@@ -122,3 +122,28 @@ def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Te
     if not isinstance(result, Tensor):
         raise OptionError(f"generate(model) returned {type(result).__name__}: expected the samples as one tensor")
     return flat(result)
+
+
+class _Called(Exception):
+    """Carries the arguments of a model's first call."""
+
+
+def first_call(module: nn.Module, generate: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments with which `generate` first calls the model; the model itself does not run.
+
+    Raises:
+        QuantCacheError: it never does.
+    """
+
+    def stop(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Called(args, kwargs)
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        generate(module)
+    except _Called as call:
+        args, kwargs = call.args
+        return args, kwargs
+    finally:
+        handle.remove()
+    raise QuantCacheError("generate(model) never called the model")

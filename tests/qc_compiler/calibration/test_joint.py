@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 import qc_compiler
 from qc_compiler import OptionError, PlanError, QuantCacheError
 from qc_compiler.calibration import joint
-from qc_compiler.calibration.joint import Choice, JointPlanner, Journal, OneBlockLess, Target, first_call, parse_target
-from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, run_steered
+from qc_compiler.calibration.joint import Choice, JointPlanner, Target, parse_target
+from qc_compiler.calibration.journal import Journal
+from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, first_call, run_steered
+from qc_compiler.calibration.removal import OneBlockLess
+from qc_compiler.plan import Plan
 from tiny_models import compile_eagerly, eager_backend, guided, tiny_dit
 
 STEPS = 12
@@ -190,3 +194,24 @@ def test_predictions_are_corrected_by_what_was_built(planned, monkeypatch):
     monkeypatch.setattr(planner, "growth", planner.growth)
     planner._correct(choice, plan)
     assert planner._predict(choice)[1] == pytest.approx(plan.measured["speedup"])
+
+
+def test_a_plan_that_was_built_is_not_built_again(model, tmp_path):
+    journal, samples = Journal(tmp_path / "calibration.json"), torch.ones(3)
+    journal.open("a", samples)
+    built = Plan.without_schedule("a", pruned=("blocks.0",), measured={"psnr": 35.5})
+    assert journal.plan("x", lambda: built) is not built
+    again = Journal(tmp_path / "calibration.json")
+    again.open("a", samples)
+    assert again.plan("x", lambda: 1 / 0).digest == built.digest
+    assert Journal(None).plan("x", lambda: built) is built
+
+
+def test_every_decision_has_a_reason(planned):
+    planner, plan = planned[0], planned[1]["psnr=50"]
+    calls = int(plan.compute[..., 0].sum())
+    heads = [r"with (full heads|heads within δ = 0\.4)"] if len(planner.levers.deltas) > 1 else []
+    assert plan.reasons[1].startswith("so: ")
+    for what in (f"with {calls + 2} calls", *heads, r"with(out)? blocks\.\d"):
+        pattern = what + r": \d+\.\d\d× at \d+\.\d dB predicted"
+        assert any(re.fullmatch(pattern, reason) for reason in plan.reasons), (what, plan.reasons)
