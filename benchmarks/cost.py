@@ -8,6 +8,7 @@ all else predicted from them.
     OMP_NUM_THREADS=1 python benchmarks/cost.py
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,30 +20,34 @@ from torch import Tensor, nn
 
 import qc_compiler
 from harness import header, table, write
+from mmdit import MMDiT
 from qc_compiler.device_profile import clock
 from qc_compiler.estimate import Estimate
 from qc_compiler.plan import Plan
 from qc_compiler.region_costs import Variant
-from sampling import load_dit, load_model
+from sampling import load_dit, load_mmdit, load_model
 
-REPEATS, BATCH = 7, 8
+REPEATS = 7
 ANCHORS = (0, 4, 5)  # everything computed, every block reused, the output reused
 COMPUTED, REUSED, PRUNED = Variant(depth=1), Variant("reused", depth=1), Variant("pruned")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model, the names of its stacks of blocks, its size and a larger one for the same weights."""
+    """A trained model, the names of its stacks of blocks, its size, a larger one for the same weights, two batches."""
 
     load: Callable[[], nn.Module]
     stacks: tuple[str, ...]
     size: tuple[int, ...]
     large_size: tuple[int, ...]
+    batch: int = 8
+    small_batch: int = 2
 
 
 SUBJECTS = {
     "image DiT": Subject(load_dit, ("blocks",), (1, 16, 16), (1, 32, 32)),
     "video STDiT": Subject(load_model, ("spatial_blocks", "temporal_blocks"), (1, 8, 16, 16), (1, 16, 16, 16)),
+    "MMDiT": Subject(load_mmdit, ("dual_blocks", "single_blocks"), (1, 64, 64), (1, 80, 80), 4, 1),
 }
 
 
@@ -62,8 +67,9 @@ def prune_last(model: nn.Module, stacks: Sequence[str], count: int) -> list[str]
     return names
 
 
-def inputs(batch: int, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(batch, *size), torch.full((batch,), 500.0), torch.arange(batch) % 10
+def inputs(model: nn.Module, batch: int, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (batch, model.config.num_tokens) if isinstance(model, MMDiT) else (batch,)  # of captions, or labels
+    return torch.randn(batch, *size), torch.full((batch,), 500.0), torch.arange(math.prod(shape)).view(shape) % 10
 
 
 def settings(blocks: Sequence[str]) -> dict[str, dict[str, Variant] | None]:
@@ -144,19 +150,20 @@ def predictor(
 def measure(subject: Subject) -> tuple[Estimate, list[Case]]:
     """Returns the estimate of a model and its cases."""
     model = subject.load().requires_grad_(False)
-    args, few = inputs(BATCH, subject.size), inputs(2, subject.size)
+    batch, small = subject.batch, subject.small_batch
+    args, few = inputs(model, batch, subject.size), inputs(model, small, subject.size)
     estimate = qc_compiler.cost(model, *args)
-    cases = planned(f"batch {BATCH}", model, args, estimate) + planned("batch 2", model, few, estimate)
+    cases = planned(f"batch {batch}", model, args, estimate) + planned(f"batch {small}", model, few, estimate)
     seconds = step_times(model, {"quantize": "w8a8", "cache": "off"}, args, 1)
     w8a8 = Variant(quantize="w8a8")
-    cases.append(Case(f"batch {BATCH}, W8A8, no cache", seconds[0], predictor({}, estimate, args, w8a8)))
-    large, large_args = enlarged(model, subject.large_size), inputs(2, subject.large_size)
-    title = f"batch 2, {'×'.join(map(str, subject.large_size[1:]))}"
+    cases.append(Case(f"batch {batch}, W8A8, no cache", seconds[0], predictor({}, estimate, args, w8a8)))
+    large, large_args = enlarged(model, subject.large_size), inputs(model, small, subject.large_size)
+    title = f"batch {small}, {'×'.join(map(str, subject.large_size[1:]))}"
     cases += planned(title, large, large_args, qc_compiler.cost(large, *large_args))
-    names = prune_last(model, subject.stacks, 2)
+    names = prune_last(model, subject.stacks, 1)
     seconds = step_times(model, {"cache": "static", "interval": 1, "level": "block"}, args, 1)
     pruned = dict.fromkeys(names, PRUNED)
-    cases.append(Case(f"batch {BATCH}, {len(names)} blocks pruned", seconds[0], predictor(pruned, estimate, args)))
+    cases.append(Case(f"batch {batch}, {len(names)} blocks pruned", seconds[0], predictor(pruned, estimate, args)))
     return estimate, cases
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from capture import Captured, capture
 from dit import DiT, DiTConfig
+from mmdit import MMDiT, MMDiTConfig
 from qc_compiler import costs
 from qc_compiler.clock import plain_name
 from qc_compiler.costs import find_kernels, flops_of
@@ -142,6 +143,10 @@ def image(batch, height, width):
     return torch.randn(batch, 1, height, width), torch.full((batch,), 5.0), torch.arange(batch)
 
 
+def captioned(batch, height, width):
+    return torch.randn(batch, 1, height, width), torch.full((batch,), 5.0), torch.arange(8 * batch).view(batch, 8) % 17
+
+
 def tokens(batch, count, _):
     return torch.randn(batch, count, 8), torch.full((batch,), 5.0)
 
@@ -156,6 +161,11 @@ MODELS = {
     "video": (
         lambda: STDiT(STDiTConfig(depth=1, width=32, num_heads=2, size=(2, 8, 8))),
         video,
+        [(2, 8, 8), (3, 8, 8), (4, 8, 8), (5, 8, 8), (9, 8, 8)],
+    ),
+    "text": (
+        lambda: MMDiT(MMDiTConfig(num_dual=1, num_single=1, width=32, num_heads=2, size=(8, 8))),
+        captioned,
         [(2, 8, 8), (3, 8, 8), (4, 8, 8), (5, 8, 8), (9, 8, 8)],
     ),
 }
@@ -180,7 +190,7 @@ def test_symbolic_costs_equal_what_is_counted(name, monkeypatch):
 
 def inputs_at(captured, gm, args, sizes):
     """Returns the inputs of a traced graph for other arguments of the model."""
-    given = dict(zip(("x", "timestep", "label"), args))
+    given = dict(zip(("x", "timestep", "label"), args)) | {"caption": args[-1]}
     symbols = {symbol: sizes[name] for symbol, name in size_names(gm).items()}
     values = [given.get(plain_name(node), old) for node, old in zip(placeholders(gm.graph), captured.inputs)]
     numbers = [node.meta["val"] for node in placeholders(gm.graph)]
