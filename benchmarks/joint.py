@@ -11,7 +11,7 @@ samples of the calibration. Re-timed plans are for 30 steps, and are compared wi
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ def main() -> None:
     text = header(f"One plan for everything: the {how.title}", f"python benchmarks/joint.py --model {args.model}")
     text += f"\n{how.batch} samples, {STEPS} steps, guidance {how.guidance}; calibrated on other seeds and labels.\n\n"
     text += f"{table(HEADINGS, rows)}\n![frontier](joint_{args.model}.png)\n"
-    draw(rows, args.model)
+    draw(rows, [comparison.plan(target) for target in TARGETS], args.model)
     write(f"joint_{args.model}.md", text)
 
 
@@ -108,12 +108,14 @@ class Comparison:
     def rows(self) -> Iterator[tuple[str, ...]]:
         yield self.row("Inductor", lambda: self.inductor)
         for target in TARGETS:
-            found = remembered_plan(self.page, target, lambda target=target: self.plans[target])  # type: ignore[misc]
+            found = self.plan(target)
             yield self.row(f"joint, {target}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
             yield remembered(self.page, f"re-timed, {target}", lambda t=target, found=found: self.retimed(t, found))  # type: ignore[misc]
         for share in SHARES:
             found = remembered_plan(self.page, f"schedule {share}", lambda share=share: self.schedule(share))  # type: ignore[misc]
             yield self.row(f"schedule, share {share}", lambda found=found: self.compiled(plan=found))  # type: ignore[misc]
+        for preset in ("high", "balanced", "fast"):
+            yield self.row(f"preset, {preset}", lambda preset=preset: self.compiled(preset=preset))  # type: ignore[misc]
         yield self.row("W8A8", lambda: self.compiled(cache="off", quantize="w8a8"))
         for rule, options in RULES.items():
             knob = "interval" if rule == "every n-th step" else "threshold"
@@ -122,6 +124,9 @@ class Comparison:
                 yield self.row(f"{rule}, {knob} {value}", lambda named=named: self.compiled(**named))  # type: ignore[misc]
         for steps in (5, 7, 10, 13, 17, 25):
             yield remembered(self.page, f"UniPC, {steps} steps", lambda steps=steps: self.fewer(steps))  # type: ignore[misc]
+
+    def plan(self, target: str) -> qc_compiler.Plan:
+        return remembered_plan(self.page, target, lambda: self.plans[target])
 
     @functools.cached_property
     def plans(self) -> dict[str, qc_compiler.Plan]:
@@ -185,11 +190,11 @@ class Comparison:
         return statistics.median(plain) / statistics.median(ours)
 
 
-def draw(rows: list[tuple[str, ...]], name: str) -> None:
-    """Draws PSNR over speed-up, a line for each method."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+def draw(rows: list[tuple[str, ...]], plans: Sequence[qc_compiler.Plan], name: str) -> None:
+    """Draws PSNR over speed-up, a line for each method, and what the plans predicted over what was measured."""
+    figure = Figure(figsize=(14, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    panel = figure.subplots()
+    panel, errors, times = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     methods: dict[str, list[tuple[float, float]]] = {}
     for what, decibels, _, _, ratio, *_ in rows:
         if decibels != "inf" and ratio and what != "Inductor":
@@ -202,9 +207,23 @@ def draw(rows: list[tuple[str, ...]], name: str) -> None:
     panel.minorticks_off()
     panel.set_xlabel("speed-up of a whole trajectory against compiled Inductor")
     panel.set_ylabel("PSNR against the full computation, dB")
-    panel.grid(alpha=0.3)
     panel.legend()
-    figure.savefig(RESULTS / f"joint_{name}.png", dpi=130)
+    joint = [row for row in rows if row[0].startswith("joint")]
+    compared = (
+        (errors, "predicted_psnr", "PSNR, dB", "psnr", [float(row[1]) for row in joint]),
+        (times, "predicted_speedup", "speed-up", "speedup", [float(row[4]) for row in joint]),
+    )
+    for axes, predicted, what, measured, held_out in compared:
+        guesses = [plan.measured[predicted] for plan in plans]
+        axes.scatter(guesses, [plan.measured[measured] for plan in plans], label="by the calibration")
+        axes.scatter(guesses, held_out, marker="x", label="here, other seeds and labels")
+        axes.axline((guesses[0], guesses[0]), slope=1, color="gray", linewidth=1)
+        axes.set_xlabel(f"{what}, predicted")
+        axes.set_ylabel(f"{what}, measured")
+        axes.legend()
+    for axes in (panel, errors, times):
+        axes.grid(alpha=0.3)
+    figure.savefig(RESULTS / f"joint_{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
