@@ -438,7 +438,8 @@ class GuardedGraph:
         if step > position.step and first is not None and step - plan.step_of(first) > position.step:
             raise PlanError(
                 f"step {position.step + 1} has the timestep of step {step + 1} of the plan's {plan.num_steps}: this "
-                "schedule has fewer steps; calibrate for it, or use plan.retimed([timesteps])"
+                "schedule has fewer steps; calibrate for it, or use plan.retimed([timesteps]) (to warm up, one step is "
+                "enough, then qc_compiler.reset(model))"
             )
         return step
 

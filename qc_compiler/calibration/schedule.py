@@ -44,6 +44,7 @@ DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on 
 GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
 PARTS = (0.6, 0.7)  # of the work of all streams that one of them may get
 RIDGE = 1e-5  # relative; keeps the fitted weights near polynomial extrapolation where the data does not decide
+TINY = 1e-30  # what a model that predicts nothing but zeros needs beside it
 
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]  # (step, its computed blocks); no blocks means all of them
 Schedules = tuple[Schedule, ...]  # one for each stream
@@ -214,7 +215,7 @@ def residual(gram: NDArray[np.float64], known: Sequence[int], step: int) -> floa
     """Returns min_w ‖Σⱼ wⱼ·v_{knownⱼ} − v_step‖², from the Gram matrix."""
     index = list(known)
     square, cross = gram[np.ix_(index, index)], gram[index, step]
-    ridge = RIDGE * np.trace(square) / len(index) * np.eye(len(index))
+    ridge = (RIDGE * np.trace(square) / len(index) + TINY) * np.eye(len(index))
     weights = np.linalg.solve(square + ridge, cross)
     return max(float(gram[step, step] - 2 * weights @ cross + weights @ square @ weights), 0.0)
 
@@ -368,7 +369,7 @@ def _fit(basis: Tensor, wanted: Tensor, prior: NDArray[np.float32]) -> NDArray[n
     start = torch.zeros(len(basis), dtype=torch.float64)
     start[: len(prior)] = torch.from_numpy(prior)
     square = basis @ basis.T
-    ridge = RIDGE * square.trace() / len(basis) * torch.eye(len(basis), dtype=torch.float64)
+    ridge = (RIDGE * square.trace() / len(basis) + TINY) * torch.eye(len(basis), dtype=torch.float64)
     step = torch.linalg.solve(square + ridge, basis @ (wanted - start @ basis))
     return (start + step).float().numpy()
 

@@ -40,6 +40,17 @@ def test_residual_is_the_distance_from_the_span():
     assert residual(gram_of(vectors), (2, 0), 3) == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_model_that_predicts_zeros_is_skipped_without_error():
+    """As diffusion transformers do before they are trained: their last layer begins at zero."""
+    model = tiny_dit(1)
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    plan = qc_compiler.calibrate(
+        model, lambda m: 1 + sample(m, 6), share=0.5, budget=2, progress=False, backend=backend
+    )
+    assert plan.measured["error"] == 0.0
+
+
 def test_shortest_path_with_depth_two_is_the_optimum():
     gram = gram_of(np.random.default_rng(1).normal(size=(8, 5)).cumsum(axis=0))
 
