@@ -25,7 +25,7 @@ from qc_compiler.device_profile import clock
 from qc_compiler.estimate import Estimate
 from qc_compiler.plan import Plan
 from qc_compiler.region_costs import Variant
-from sampling import load_dit, load_mmdit, load_model
+from sampling import load_dit, load_mmdit, load_model, resized
 
 REPEATS = 7
 ANCHORS = (0, 4, 5)  # everything computed, every block reused, the output reused
@@ -36,7 +36,7 @@ COMPUTED, REUSED, PRUNED = Variant(depth=1), Variant("reused", depth=1), Variant
 class Subject:
     """A trained model, the names of its stacks of blocks, its size, a larger one for the same weights, two batches."""
 
-    load: Callable[[], nn.Module]
+    load: Callable[[], Any]
     stacks: tuple[str, ...]
     size: tuple[int, ...]
     large_size: tuple[int, ...]
@@ -49,12 +49,6 @@ SUBJECTS = {
     "video STDiT": Subject(load_model, ("spatial_blocks", "temporal_blocks"), (1, 8, 16, 16), (1, 16, 16, 16)),
     "MMDiT": Subject(load_mmdit, ("dual_blocks", "single_blocks"), (1, 64, 64), (1, 80, 80), 4, 1),
 }
-
-
-def enlarged(model: Any, size: tuple[int, ...]) -> nn.Module:
-    large = type(model)(replace(model.config, size=size[1:]))
-    large.load_state_dict(model.state_dict())  # the positions are no part of it
-    return large.eval().requires_grad_(False)
 
 
 def prune_last(model: nn.Module, stacks: Sequence[str], count: int) -> list[str]:
@@ -157,7 +151,8 @@ def measure(subject: Subject) -> tuple[Estimate, list[Case]]:
     seconds = step_times(model, {"quantize": "w8a8", "cache": "off"}, args, 1)
     w8a8 = Variant(quantize="w8a8")
     cases.append(Case(f"batch {batch}, W8A8, no cache", seconds[0], predictor({}, estimate, args, w8a8)))
-    large, large_args = enlarged(model, subject.large_size), inputs(model, small, subject.large_size)
+    large = resized(model, subject.large_size[1:]).requires_grad_(False)
+    large_args = inputs(model, small, subject.large_size)
     title = f"batch {small}, {'×'.join(map(str, subject.large_size[1:]))}"
     cases += planned(title, large, large_args, qc_compiler.cost(large, *large_args))
     names = prune_last(model, subject.stacks, 1)

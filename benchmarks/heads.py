@@ -1,11 +1,12 @@
-"""Head-wise attention on the trained MMDiT (1024 image tokens): quality, and time against compiled Inductor.
+"""Head-wise attention on the trained MMDiT (1024 image tokens) or video DiT: quality, and time against Inductor.
 
 Each budget δ against two ways that treat all heads alike, at as many query–key pairs: the same window everywhere, and
-whole layers cached at evenly spaced steps. Then attention together with the cache and W8A8. Plans are calibrated on
-another seed. PSNR and SSIM against the model in full precision, the same seeds for all; `recognized` by the judge of
-the captions; times are of one whole trajectory, ours and Inductor's in turns in one run.
+whole layers cached at evenly spaced steps. Then attention together with the cache and W8A8. The video DiT runs with
+four times the frames it was trained on; its layers have no one number of tokens, so that there is no one window. Plans
+are calibrated on another seed. PSNR and SSIM against the model in full precision, the same seeds for all; `recognized`
+by the judge of the captions or labels; times are of one whole trajectory, ours and Inductor's in turns in one run.
 
-    python benchmarks/heads.py [--samples 20] [--steps 20]
+    OMP_NUM_THREADS=1 python benchmarks/heads.py [--model text|video] [--samples 20] [--steps 20] [--guidance 1]
 """
 
 import argparse
@@ -24,15 +25,17 @@ from harness import header, in_turns, remembered, remembered_plan, table, write
 from qc_compiler.attention import CACHED, FULL, attended_share
 from qc_compiler.heads import half_width
 from qc_compiler.plan import HeadPlan, Plan
-from sampling import load_classifier, load_mmdit, psnr, sample, ssim
+from sampling import load_classifier, load_mmdit, load_model, psnr, resized, sample, ssim
 
 BUDGETS = (0.05, 0.2, 0.4, 0.6, 0.8, 1.0)
 SEED, CALIBRATION_SEED, SHIFT, ROUNDS, TIMED, TOGETHER = 7, 3, 4.0, 2, 2, 0.05
+VIDEO = (1, 32, 16, 16)
 HEADINGS = ("what", "pairs saved", "PSNR dB", "median", "SSIM", "recognized", "× Inductor")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("text", "video"), default="text")
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.0)
@@ -40,13 +43,15 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 100  # each row is a graph of its own, beside Inductor's
     comparison = Comparison(args)
     command = "python benchmarks/heads.py " + " ".join(f"--{name} {value}" for name, value in vars(args).items())
-    text = header("Head-wise attention on the trained MMDiT", command)
-    text += f"\n{args.samples} images of 64 × 64, {args.steps} steps, guidance {args.guidance}.\n"
+    title = "MMDiT" if comparison.is_text else f"video DiT, {VIDEO[1]} frames"
+    text = header(f"Head-wise attention on the trained {title}", command)
+    size = "×".join(map(str, comparison.size[1:]))
+    text += f"\n{args.samples} samples of {size}, {args.steps} steps, guidance {args.guidance}.\n"
     text += f"\n{table(HEADINGS, comparison.budgets())}"
     minutes = ", ".join(f"δ = {budget}: {m:.1f}" for budget, m in comparison.minutes.items())
     text += f"\nMinutes of the search, {TIMED} images: {minutes}.\n"
     text += f"\n## Together with the cache and W8A8\n\n{table(HEADINGS, comparison.together())}"
-    write("heads.md", text)
+    write(f"heads_{args.model}.md", text)
 
 
 class Comparison:
@@ -55,20 +60,28 @@ class Comparison:
     def __init__(self, args: argparse.Namespace) -> None:
         from captions import captioned_digits
 
-        self.args, self.model, self.classifier = args, load_mmdit().requires_grad_(False), load_classifier()
-        _, self.captions = captioned_digits(args.samples, SEED)
-        _, self.others = captioned_digits(TIMED, CALIBRATION_SEED)
+        self.args, self.is_text, self.classifier = args, args.model == "text", load_classifier()
+        if self.is_text:
+            self.model: Any = load_mmdit().requires_grad_(False)
+            self.labels, self.others = (
+                captioned_digits(args.samples, SEED)[1],
+                captioned_digits(TIMED, CALIBRATION_SEED)[1],
+            )
+        else:
+            self.model = resized(load_model(), VIDEO[1:]).requires_grad_(False)
+            self.labels, self.others = torch.arange(args.samples) % 10, torch.arange(TIMED) + 3
+        self.size, self.shift = ((1, 64, 64), SHIFT) if self.is_text else (VIDEO, 1.0)
         self.inductor = torch.compile(self.model)
-        self.reference = self.generate(self.inductor, self.captions, SEED)
-        self.page = f"heads_{args.samples}_{args.steps}_{args.guidance:g}"
+        self.reference = self.generate(self.inductor, self.labels, SEED)
+        self.page = f"heads_{args.model}_{args.samples}_{args.steps}_{args.guidance:g}"
         self.minutes: dict[float, float] = {}
         self.plans: dict[float, Plan] = {}
 
-    def generate(self, model: Callable[..., Tensor], captions: Tensor, seed: int) -> Tensor:
-        """Returns images in batches of `TIMED`, so that all that is timed has the same shape."""
+    def generate(self, model: Callable[..., Tensor], labels: Tensor, seed: int) -> Tensor:
+        """Returns samples in batches of `TIMED`, so that all that is timed has the same shape."""
         parts = [
-            sample(model, part, self.args.steps, seed + i, self.args.guidance, (1, 64, 64), shift=SHIFT)
-            for i, part in enumerate(captions.split(TIMED))
+            sample(model, part, self.args.steps, seed + i, self.args.guidance, self.size, shift=self.shift)
+            for i, part in enumerate(labels.split(TIMED))
         ]
         return torch.cat(parts)
 
@@ -79,7 +92,8 @@ class Comparison:
             self.plans[budget], self.minutes[budget] = plan, plan.measured["attention_minutes"]
             saved = plan.measured["attention_saved"]
             rows.append(self.row(f"δ = {budget}", plan))
-            rows.append(self.row(f"same window for all, as δ = {budget}", uniform(plan, saved)))
+            if self.is_text:
+                rows.append(self.row(f"same window for all, as δ = {budget}", uniform(plan, saved)))
             rows.append(self.row(f"whole layers cached, as δ = {budget}", layers_cached(plan, saved)))
         return rows
 
@@ -109,13 +123,16 @@ class Comparison:
 
     def measure(self, name: str, plan: Plan | None, options: dict[str, Any]) -> tuple[str, ...]:
         from captions import caption_accuracy
+        from classifier import accuracy
 
         options |= {"plan": plan} if plan else {}
         options |= {} if plan and plan.has_schedule else {"cache": "off"}
         model = torch.compile(self.model, backend="quantcache", options=options) if len(options) > 1 or plan else None
-        found = self.generate(self.inductor if model is None else model, self.captions, SEED)
+        found = self.generate(self.inductor if model is None else model, self.labels, SEED)
         decibels = [psnr(a[None], b[None]) for a, b in zip(found, self.reference)]
-        similar = [ssim(a[None, :, None], b[None, :, None]) for a, b in zip(found, self.reference)]
+        frames = [each[None, :, None] if self.is_text else each[None] for each in (*found, *self.reference)]
+        similar = [ssim(a, b) for a, b in zip(frames, frames[len(found) :])]
+        recognize = caption_accuracy if self.is_text else accuracy
         saved = plan.measured.get("attention_saved") if plan else None
         return (
             name,
@@ -123,7 +140,7 @@ class Comparison:
             f"{np.mean(decibels):.1f}",
             f"{np.median(decibels):.1f}",
             f"{np.mean(similar):.4f}",
-            f"{caption_accuracy(self.classifier, found, self.captions):.1%}",
+            f"{recognize(self.classifier, found, self.labels):.1%}",
             "1" if model is None else f"{self.speed_up(model):.2f}",
         )
 

@@ -7,6 +7,7 @@ given 1000 t as its timestep.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -97,6 +98,13 @@ def load_model(path: Path | str | None = None) -> STDiT:
     model = STDiT(STDiTConfig(**config))  # type: ignore[arg-type]
     model.load_state_dict(weights)
     return model.eval()
+
+
+def resized(model: DiT | STDiT | MMDiT, size: tuple[int, ...]) -> DiT | STDiT | MMDiT:
+    """Returns the model for images of another height and width, or videos of another (F, H, W)."""
+    other = type(model)(replace(model.config, size=size))  # type: ignore[arg-type]
+    other.load_state_dict(model.state_dict())  # the positions are no part of it
+    return other.eval()
 
 
 def load_dit(path: Path | str | None = None) -> DiT:
