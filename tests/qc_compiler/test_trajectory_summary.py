@@ -117,19 +117,20 @@ def test_the_map_is_a_png(summary, tmp_path):
 def test_heads_and_precision_have_maps_of_their_own(tmp_path):
     model = tiny_dit(2)
     plan = qc_compiler.calibrate(model, sample, None, attention=0.5, windows=(0.25,), progress=False, backend=backend)
-    options = {"cache": "static", "interval": 2, "quantize": "dmpq", "emulate": True, "plan": plan}
+    options = {"cache": "static", "interval": 3, "quantize": "dmpq", "emulate": True, "plan": plan}
     planned = torch.compile(model, backend=backend, options=options | {"level": "output+block"})
     sample(planned)
     summary = qc_compiler.summary(planned)
     regions, heads, precision = _maps(summary, summary.streams[0])
     assert regions.names == ["output", "blocks.0", "blocks.1"]
     assert heads.names == tuple(attentions(2))
-    assert np.isnan(heads.values[1::2]).all()
+    is_computed = np.arange(len(heads.values)) % 3 == 0
+    assert np.isnan(heads.values[~is_computed]).all()
     assert (heads.values[0] == 1).all()
-    assert 0 < heads.values[2::2].mean() < 1
+    assert 0 < heads.values[is_computed].mean() < 1
     assert len(precision.names) == precision.values.shape[1] == 8
-    assert (precision.values[1::2] == 0).all()
-    assert (precision.values[::2] == 2).all()
+    assert (precision.values[~is_computed] == 0).all()
+    assert (precision.values[is_computed] == 2).all()
     assert precision.labels == ("reused", "nvfp4/nvfp4", "nvfp4/uint8")
     summary.plot(tmp_path / "map.png")
 
