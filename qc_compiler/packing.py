@@ -25,13 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import ops, registry
+from .checksum import checksum
 from .errors import OptionError, PackedFileError, PlanError, QuantCacheError, nearest
 from .formats import parse_format
 from .formats.schemes import PLAIN, SCHEMES, WEIGHTS, Scheme, recipe_of
 from .formats.transforms import hadamard, low_rank, rotate, rotation_size, shared_scales
 from .plan import Plan, Quantization
 
-VERSION = 3
+VERSION = 4
 
 
 class PackedLinear(nn.Module):
@@ -257,8 +258,9 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     if not packed and not freed:
         raise QuantCacheError(f"{type(module).__name__} is not packed: call qc_compiler.pack_(model, 'nvfp4') first")
     linears = {name: _Linear(**asdict(child.scheme), dtype=_name_of(child.dtype)) for name, child in packed.items()}
-    header = _Header(version=VERSION, linears=linears, freed=freed)
     tensors = {name: tensor.contiguous() for name, tensor in every.items() if name not in freed}
+    header = _Header(version=VERSION, linears=linears, freed=freed)
+    header.checksum = _checksum(header, tensors)
     save_file(tensors, str(path), metadata={"quantcache_packed": header.model_dump_json()})
 
 
@@ -313,7 +315,8 @@ class _Header(BaseModel):
 
     version: int
     linears: dict[str, _Linear]
-    freed: dict[str, str] = {}  # parameters of removed blocks and their dtypes; not in files of version 2
+    freed: dict[str, str] = {}  # parameters of removed blocks and their dtypes
+    checksum: str = ""
 
 
 def _read(path: str | Path, device: str) -> tuple[_Header, dict[str, Tensor]]:
@@ -338,7 +341,16 @@ def _read(path: str | Path, device: str) -> tuple[_Header, dict[str, Tensor]]:
         raise PackedFileError(f"{path}: its header is invalid: {str(error).splitlines()[0]}") from error
     if header.version != VERSION:
         raise PackedFileError(f"{path}: version {header.version}, this quantcache reads {VERSION}: pack again")
+    if header.checksum != _checksum(header, tensors):
+        raise PackedFileError(f"{path} was changed since it was written (checksum differs): pack again")
     return header, tensors
+
+
+def _checksum(header: _Header, tensors: dict[str, Tensor]) -> str:
+    """Returns a SHA-256 of all that a file says; tensors on another device come to the CPU one after the other."""
+    described = {name: f"{tensor.dtype}{tuple(tensor.shape)}" for name, tensor in tensors.items()}
+    codes = ((name, tensor.cpu().reshape(-1).view(torch.uint8).numpy()) for name, tensor in sorted(tensors.items()))
+    return checksum(header.model_dump(exclude={"checksum"}) | {"tensors": described}, codes)
 
 
 def _check(module: nn.Module, header: _Header, tensors: dict[str, Tensor], path: str | Path) -> None:

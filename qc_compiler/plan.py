@@ -1,7 +1,6 @@
 """Plan: what is computed where and when, found by calibration; one safetensors file with JSON in its header."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .attention import CACHED, FULL, INT8
+from .checksum import checksum
 from .errors import PlanError
 from .extrapolation import moved_weights
 
@@ -450,7 +450,7 @@ class Plan:
             arrays |= {name: getattr(known, name) for name in _OF_SITES}
             arrays["amax"] = np.concatenate([*known.amax, np.zeros(0, dtype=np.float32)])
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # safetensors writes the memory
-        header["checksum"] = _checksum(header, arrays)
+        header["checksum"] = checksum(header, sorted(arrays.items()))
         return header, arrays
 
     @classmethod
@@ -477,10 +477,10 @@ class Plan:
         except ValidationError as error:
             raise PlanError(f"{path}: the plan's header is invalid: {error.errors()[0]['msg']}") from error
         fields = header.model_dump()
-        checksum = fields.pop("checksum")
+        written = fields.pop("checksum")
         needed = {"compute", "weights", *((*_OF_SITES, "amax") if header.quantization else ())}
         needed |= {"windows"} if header.attention else set()
-        if not needed <= set(arrays) or checksum != _checksum(fields, arrays):
+        if not needed <= set(arrays) or written != checksum(fields, sorted(arrays.items())):
             raise PlanError(f"{path} was changed since it was written (checksum differs): calibrate again")
         return cls(
             header.fingerprint,
@@ -512,11 +512,3 @@ def _quantization(header: _Quantization, arrays: Mapping[str, NDArray[Any]]) -> 
         amax=tuple(np.split(arrays["amax"], ends[:-1])) if header.widths else (),
         regions=tuple(header.regions),
     )
-
-
-def _checksum(header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()

@@ -158,7 +158,9 @@ def test_damaged_files_are_refused(tmp_path):
         (whole[: len(whole) // 2], "damaged"),
         (b"", "damaged"),
         (whole.replace(b"int8", b"intX"), "header is invalid"),
-        (whole.replace(b'\\"version\\":3', b'\\"version\\":7'), "version 7"),
+        (whole.replace(b'\\"version\\":4', b'\\"version\\":7'), "version 7"),
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "checksum differs"),
+        (whole.replace(b'\\"rotation\\":false', b'\\"rotation\\":true '), "checksum differs"),
         (whole.replace(b"quantcache_packed", b"quantcache_pucked"), "no packed model"),
         (whole.replace(b"float32", b"is_grad"), "invalid"),
     ]:

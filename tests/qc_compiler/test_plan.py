@@ -12,6 +12,7 @@ from capture import capture
 from qc_compiler import plan as plan_module
 from qc_compiler.attention import CACHED, FULL, INT8
 from qc_compiler.backend import fingerprint
+from qc_compiler.checksum import checksum
 from qc_compiler.errors import PlanError
 from qc_compiler.plan import TOKEN_ORDERS, HeadPlan, Plan, Quantization
 from tiny_models import compile_eagerly, sample, tiny_dit
@@ -251,7 +252,7 @@ def header(**changes):
         "reasons": [],
     }
     arrays = {"compute": np.ones((1, 1, 1), np.uint8), "weights": np.ones((1, 1, 1, 1), np.float32)}
-    fields["checksum"] = plan_module._checksum(fields, arrays)
+    fields["checksum"] = checksum(fields, sorted(arrays.items()))
     return arrays, fields | changes
 
 
@@ -483,7 +484,7 @@ def test_a_file_without_one_of_their_arrays(tmp_path, missing, monkeypatch):
         fields = json.loads(metadata["quantcache_plan"])
         fields.pop("checksum")
         kept = {name: array for name, array in arrays.items() if name != missing}
-        fields["checksum"] = plan_module._checksum(fields, kept)
+        fields["checksum"] = checksum(fields, sorted(kept.items()))
         save(kept, path, metadata={"quantcache_plan": json.dumps(fields)})
 
     monkeypatch.setattr(plan_module, "save_file", spoiled)
