@@ -15,9 +15,10 @@ attention with scores from int8 codes, if it is a candidate, counts as a quarter
     age         steps since the head was full: what a cached or narrow head misses points the same way at each of them,
                 and the next tokens are made of it; codes err at random and do not age
 
-All layers keep step: where less than half of a call's heads so far are cached or narrow, those of the next layer are
-full, and where less than half of the first layer's would be, all of the call's. For a head that is full on tokens which
-stale heads before it have made is stale too, though no error shows that, and it would be what later steps reuse.
+All layers keep step: heads are cached or narrow only where most of those before them in the call are, those of the
+first layer only where most of them would be; and at a step behind such a one only where most heads of all layers are
+expected to be, by the errors of the candidates when they were last tried. For a head that is full on tokens which stale
+heads before it have made is stale too, though no error shows that, and it would be what later steps reuse.
 
 Source: DiTFastAttnV2, arXiv 2503.22796, section 4.2 and its code, where an error is relative to its own head, neither w
 nor age counts and layers do not keep step. On our MMDiT (20 steps, 40 % of the pairs saved): with w and age alone
@@ -50,7 +51,26 @@ INT8_SAVES = 0.25  # of a head: half of its operations, at twice the rate
 DROP = 1.5  # times δ/H: candidates that alone would take more than this part of the budget
 AGING = 4  # exponent of a head's age; of 1, 2, 4 and 8 the last two did best, and alike
 PROBES = 6  # steps whose weight is measured
-IN_STEP = 0.5  # part of a call's heads that are cached or narrow, if any are
+IN_STEP = 0.5  # part of the heads that must be cached or narrow for others to be
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the candidates of a layer's heads were worth at a step.
+
+    Attributes:
+        errors: (H, M), relative.
+        savings: (M,), of a head's operations.
+        ages: bool (M,), whether a candidate's error grows with the age of the head.
+    """
+
+    errors: NDArray[Any]
+    savings: NDArray[Any]
+    ages: NDArray[np.bool_]
+
+    def are_stale(self, took: NDArray[np.int_]) -> NDArray[np.bool_]:
+        """Returns bool (H,): which heads are cached or narrow with these candidates, −1 for none."""
+        return self.ages[took] & (took >= 0)
 
 
 @dataclass
@@ -74,12 +94,19 @@ class HeadSearch:
     saved: float = 0.0
     total: float = 0.0
     _now: tuple[str, int] = ("0", 0)
-    _stale: list[float] = field(default_factory=list)  # for each layer of this call the part that is cached or narrow
+    _may_be_stale: bool = True  # what this call's heads may be
+    _stale: dict[str, list[float]] = field(default_factory=dict)  # of a stream's last call, part of each layer's heads
+    _last: dict[tuple[str, int], Tried] = field(default_factory=dict)  # of a stream's layer
     _age: dict[tuple[str, int], NDArray[Any]] = field(default_factory=dict)  # of a stream's layer, (H,)
 
     def decide(self, graph: GuardedGraph, position: Position, *_: Any) -> None:
         """Leaves it to the rule or the schedule which steps are computed."""
-        self._now, self._stale = (position.stream, position.step), []
+        self._now = position.stream, position.step
+        layers = [(tried, self._age[at]) for at, tried in self._last.items() if at[0] == position.stream]
+        expected = [tried.are_stale(self.select(tried, age)).mean() for tried, age in layers]
+        was_stale = np.mean(self._stale.get(position.stream) or 0.0) >= IN_STEP
+        self._may_be_stale = not was_stale or bool(np.mean(expected) >= IN_STEP)
+        self._stale[position.stream] = []
 
     def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
         if position.step == len(self.timesteps):
@@ -101,12 +128,11 @@ class HeadSearch:
 
         full = run(FULL)
         tried: dict[float, tuple[int, Tensor]] = {}
-        may_be_stale = not self._stale or np.mean(self._stale) >= IN_STEP
-        if self.tries(step) and may_be_stale and any((stream, at, layer) in self.chosen for at in range(step)):
+        if self.tries(step) and any((stream, before, layer) in self.chosen for before in range(step)):
             tried[CACHED] = CACHED, run(CACHED)
         for share in self.candidates if self.tries(step) else ():
             code = half_width(share, tokens - abs(num_text))
-            if code == INT8 or (code != FULL and may_be_stale):
+            if code != FULL:
                 tried[share] = code, run(code)
         chosen = np.full(heads, FULL, dtype=np.float32)
         output = full
@@ -115,7 +141,9 @@ class HeadSearch:
             errors = np.stack([relative_errors(candidate, full) for _, candidate in tried.values()], axis=1)
             unattended = np.array([1 - attended_share(code, tokens, num_text) for code, _ in tried.values()])
             savings = np.where([code == INT8 for code, _ in tried.values()], INT8_SAVES, unattended)
-            took = self.choose(errors, savings, [share != INT8 for share in tried], age)
+            known = Tried(errors, savings, np.array([share != INT8 for share in tried]))
+            took = self.choose(known, age)
+            self._last[stream, layer] = known
             output = full.clone()
             for head, m in enumerate(took):
                 if m >= 0:
@@ -124,7 +152,7 @@ class HeadSearch:
                     self.saved += float(unattended[m])
         is_fresh = np.isin(chosen, (FULL, INT8))
         self._age[stream, layer] = np.where(is_fresh, 1, age + 1)
-        self._stale.append(float(np.mean(~is_fresh)))
+        self._stale[stream].append(float(np.mean(~is_fresh)))
         self.total += heads
         self.chosen[stream, step, layer] = chosen
         return output
@@ -133,22 +161,19 @@ class HeadSearch:
         """Whether heads may do anything but full attention at a step."""
         return step > 0
 
-    def choose(
-        self, errors: NDArray[Any], savings: NDArray[Any], ages: Sequence[bool], age: NDArray[Any]
-    ) -> NDArray[np.int_]:
-        """Chooses candidates (H,) for the heads of a layer at this step.
-
-        Args:
-            errors: (H, M).
-            savings, ages: (M,), and whether a candidate's error grows with age.
-            age: (H,), in steps.
-        """
-        weight = 1.0 if self.weights is None else self.weights[min(self._now[1], len(self.weights) - 1)]
-        errors = weight * np.where(ages, age[:, None] ** AGING, 1) * errors
-        took = choose_heads(errors, savings, self.budget)
-        if not self._stale and np.mean((took >= 0) & np.asarray(ages)[took]) < IN_STEP:
-            took = choose_heads(np.where(ages, np.inf, errors), savings, self.budget)
+    def choose(self, tried: Tried, age: NDArray[Any]) -> NDArray[np.int_]:
+        """Chooses candidates (H,) for the heads of a layer at this step; `age` (H,) in steps."""
+        took = self.select(tried, age)
+        stale = np.mean(self._stale.get(self._now[0]) or tried.are_stale(took))
+        if not self._may_be_stale or stale < IN_STEP:
+            took = self.select(replace(tried, errors=np.where(tried.ages, np.inf, tried.errors)), age)
         return took
+
+    def select(self, tried: Tried, age: NDArray[Any]) -> NDArray[np.int_]:
+        """Returns what the budget allows at this step, whatever other layers do."""
+        weight = 1.0 if self.weights is None else self.weights[min(self._now[1], len(self.weights) - 1)]
+        aged = np.where(tried.ages, age[:, None] ** AGING, 1)
+        return choose_heads(weight * aged * tried.errors, tried.savings, self.budget)
 
     def plan(self, layers: Sequence[str], streams: Sequence[str], order: str) -> HeadPlan:
         """Returns what was chosen; what never ran is full."""
@@ -169,11 +194,9 @@ class Probe(HeadSearch):
     def tries(self, step: int) -> bool:
         return step == self.step
 
-    def choose(
-        self, errors: NDArray[Any], savings: NDArray[Any], ages: Sequence[bool], age: NDArray[Any]
-    ) -> NDArray[np.int_]:
-        self.errors.append(float(errors[:, 0].mean()))
-        return np.zeros(len(errors), dtype=int)
+    def choose(self, tried: Tried, age: NDArray[Any]) -> NDArray[np.int_]:
+        self.errors.append(float(tried.errors[:, 0].mean()))
+        return np.zeros(len(tried.errors), dtype=int)
 
 
 def relative_errors(candidate: Tensor, full: Tensor) -> NDArray[np.float64]:
