@@ -147,7 +147,7 @@ def _guarded_graph(gm: fx.GraphModule, num_inputs: int, runtime: Runtime) -> Gua
     runtime.interface, runtime.fingerprint = interface, fingerprint(gm)
     parameters = [i for i, node in enumerate(formals) if is_parameter(node)]
     latent = find_latent(formals, outputs(gm.graph), clock)
-    return GuardedGraph(interface, runtime, clock, latent, parameters, _symbols(formals))
+    return GuardedGraph(interface, runtime, clock, latent, parameters, _symbols(formals), registry.adopt)
 
 
 def rewrite(

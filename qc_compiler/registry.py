@@ -35,6 +35,15 @@ def runtime_for(example_inputs: Sequence[Any], given: Mapping[str, Any], options
         return known[key]
 
 
+def adopt(runtime: Runtime, parameters: Sequence[Any]) -> None:
+    """Makes a runtime that of another model too, if that has none: Dynamo gives models of one class one graph."""
+    with _lock:
+        if parameters and parameters[0] not in _runtimes:
+            known: dict[Any, Runtime] = next((r for r in _runtimes.values() if runtime in r.values()), {})
+            for parameter in parameters:
+                _runtimes.setdefault(parameter, known)
+
+
 def runtime_of(model: Any) -> Runtime:
     """Returns the runtime of a compiled model (or of the plain module that was compiled).
 

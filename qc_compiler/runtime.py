@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -251,6 +251,7 @@ class GuardedGraph:
         latent: Index of the model's main input.
         parameters: Indices of the parameters.
         symbols: For each symbolic size the index of its SymInt input.
+        adopt: Is told the runtime and the parameters where they are others than at the last step.
     """
 
     def __init__(
@@ -261,7 +262,9 @@ class GuardedGraph:
         latent: int | None,
         parameters: Sequence[int],
         symbols: dict[Any, int],
+        adopt: Callable[[Runtime, Sequence[Any]], None] = lambda runtime, parameters: None,
     ) -> None:
+        self.adopt = adopt
         self.compiled: Any = None  # see Interface
         self.interface, self.runtime = interface, runtime
         self.clock, self.latent, self.parameters, self.symbols = clock, latent, tuple(parameters), symbols
@@ -287,6 +290,7 @@ class GuardedGraph:
         version, layout = self._parameters_version(inputs), self._layout(inputs)
         if (state.weights_version, state.layout) != (version, layout):
             state.clear_slots()
+            self.adopt(runtime, [inputs[i] for i in self.parameters])
         index = position.step
         coordinate = float(index) if timestep is None else timestep
         before = self._before(key, position)

@@ -9,7 +9,7 @@ from qc_compiler import registry
 from qc_compiler.errors import QuantCacheError
 from qc_compiler.options import Options, parse_options
 from qc_compiler.registry import runtime_for, runtime_of
-from tiny_models import compile_eagerly, tiny_dit
+from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
 
 def run(model):
@@ -42,6 +42,28 @@ def test_two_models_have_two():
     for model in (first, second):
         run(compile_eagerly(model, {"cache": "static"}))
     assert runtime_of(first) is not runtime_of(second)
+
+
+def backend(gm, example_inputs, options=None):
+    return eager_backend(gm, example_inputs, options=options)
+
+
+def test_models_that_dynamo_gives_one_graph_have_one_runtime():
+    """As of two experts of one class, compiled with the same options."""
+    torch._dynamo.reset()
+    first, second = tiny_dit(1), tiny_dit(1)
+    with torch.no_grad():
+        second.head.weight.mul_(2)
+    options = {"cache": "static", "interval": 2}
+    compiled = [torch.compile(model, backend=backend, options=options) for model in (first, second)]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = [sample(model) for model in compiled]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+    assert runtime_of(compiled[1]) is runtime_of(second) is runtime_of(first)
+    torch._dynamo.reset()
+    alone = torch.compile(second, backend=backend, options=options)
+    assert torch.equal(found[1], sample(alone))
+    assert not torch.equal(found[0], found[1])
 
 
 def test_another_graph_of_the_model_shares_its_runtime():
