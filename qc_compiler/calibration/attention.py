@@ -102,10 +102,11 @@ class HeadSearch:
     def decide(self, graph: GuardedGraph, position: Position, *_: Any) -> None:
         """Leaves it to the rule or the schedule which steps are computed."""
         self._now = position.stream, position.step
-        layers = [(tried, self._age[at]) for at, tried in self._last.items() if at[0] == position.stream]
-        expected = [tried.are_stale(self.select(tried, age)).mean() for tried, age in layers]
-        was_stale = np.mean(self._stale.get(position.stream) or 0.0) >= IN_STEP
-        self._may_be_stale = not was_stale or bool(np.mean(expected) >= IN_STEP)
+        self._may_be_stale = True
+        if np.mean(self._stale.get(position.stream) or 0.0) >= IN_STEP:
+            layers = [(tried, self._age[at]) for at, tried in self._last.items() if at[0] == position.stream]
+            expected = [tried.are_stale(self.select(tried, age)).mean() for tried, age in layers]
+            self._may_be_stale = bool(np.mean(expected) >= IN_STEP)
         self._stale[position.stream] = []
 
     def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
