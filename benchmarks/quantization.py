@@ -72,7 +72,7 @@ class Comparison:
     def __init__(self, model: Any, args: argparse.Namespace) -> None:
         self.model, self.args, self.classifier = model, args, load_classifier()
         self.size = (1, 16, 16) if args.model == "image" else (1, 8, 16, 16)
-        self.batch = min(100 if args.model == "image" else 20, args.samples)
+        self.batch = min(100 if args.model == "image" else 10, args.samples)
         self.page = f"quantization_{args.model}_{args.variant}_{args.samples}_{args.steps}_{args.guidance:g}"
         self.reference = self.generate(model, min(PAIRED, args.samples), SEED)
         self.real = self._features(real_samples(args.model, args.samples))
