@@ -3,9 +3,8 @@
 A call of a compiled graph goes: locate (which trajectory, stream, step?) → decide (rule or plan) → call the pure
 graph → commit. Nothing is committed before the graph returned, so a failure leaves the slots of the step before.
 
-Everything is kept per thread, per explicit stream name and per layout of the slots. Within a thread a trajectory is
-followed by its timestep: going on means the next step, the same one again means another stream (guidance), turning
-back means a new trajectory; so does an input that jumped further than one sampler step can take it.
+Everything is kept per thread, per explicit stream name and per layout of the slots; within a thread `trajectory.py`
+tells the calls apart.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,12 +31,10 @@ from .heads import Heads
 from .options import Options, changed
 from .plan import Plan
 from .prepared import PreparedWeights, version_of
-from .statistics import Statistic, Sum, ratios
+from .trajectory import Call, PendingStep, Position, StreamState, Trajectory, locate
 
 _STREAM: ContextVar[str | None] = ContextVar("quantcache_stream", default=None)
 
-MAX_STREAMS = 8  # calls at one timestep; more than that is somebody timing a single step, not guidance
-JUMP = 1.0  # relL1 of an input to the call before: independent noise gives √2, one sampler step stays below 1
 MAX_TRAJECTORIES = 64  # at a time, in one thread: streams named after requests would pile up otherwise
 KEPT_TRAJECTORIES = 8  # whose decisions `summary` can still show
 
@@ -54,100 +51,6 @@ def stream(name: str) -> Iterator[None]:
         yield
     finally:
         _STREAM.reset(token)
-
-
-@dataclass
-class StreamState:
-    """One stream of a trajectory.
-
-    Attributes:
-        steps: What was decided and measured, with the statistics still on the device until they are read.
-        history: For each region its computed steps, newest first: (coordinate, tensors of its slots).
-        latest: What it last predicted, computed or not; empty where no plan mixes streams.
-        beside: What the stream called before had predicted when this one's output was computed, newest first.
-        kept: For each layer that keeps attention heads their last outputs, None before the first.
-        rows: Of `modes` when they were kept: which head stands where.
-        layout: Shapes, dtypes and devices of what its slots hold.
-        sample: A few elements of the last input.
-        weights_version: Of the model's parameters when the slots were filled.
-    """
-
-    steps: list["_PendingStep"] = field(default_factory=list)
-    history: list[deque[tuple[float, list[Tensor]]]] = field(default_factory=list)
-    latest: list[Tensor] = field(default_factory=list)
-    beside: deque[list[Tensor]] = field(default_factory=deque)
-    kept: list[Tensor | None] = field(default_factory=list)
-    rows: NDArray[np.int32] | None = None
-    layout: Any = None
-    sample: NDArray[np.float32] | None = None
-    weights_version: int = 0
-
-    def clear_slots(self) -> None:
-        for slots in self.history:
-            slots.clear()
-        self.latest = []
-        self.beside.clear()
-        self.kept = [None] * len(self.kept)
-
-
-@dataclass
-class _PendingStep:
-    """A step whose statistics may not have arrived on the host yet."""
-
-    index: int
-    timestep: float | None
-    computed: NDArray[np.bool_]
-    pending: Sequence[Tensor]
-    precision: NDArray[np.int_] | None = None
-    modes: NDArray[np.int32] | None = None  # of the attention heads
-    floor: NDArray[np.float32] | None = None  # what quantization alone adds to the change of each region
-    pruned: NDArray[np.bool_] | None = None  # None where nothing is
-    num_bounded: int = 0
-    read: Step | None = None
-
-    def resolve(self) -> Step:
-        """Returns the step as rules see it: no change below the noise floor."""
-        if self.read is None:
-            sums = np.zeros((len(self.computed), len(Sum)), dtype=np.float32)
-            if self.pending:
-                sums[self.computed] = torch.stack(list(self.pending)).cpu().numpy()[self.computed]
-            statistics = ratios(sums)
-            if self.floor is not None:
-                change, floor = statistics[:, Statistic.CHANGE], np.where(self.computed, self.floor, 0)
-                self.num_bounded = int((change < floor).sum())
-                np.maximum(change, floor, out=change, where=~np.isnan(change))
-            self.read, self.pending = Step(self.index, self.computed, statistics, self.pruned), ()
-        return self.read
-
-
-@dataclass
-class Trajectory:
-    """One sampling run of one thread: its steps so far and its streams."""
-
-    name: str | None
-    streams: list[StreamState] = field(default_factory=list)
-    timestep: float | None = None
-    direction: float = 0.0
-    step: int = -1
-    turn: int = -1  # which stream was called last at this timestep
-    num_steps: int | None = None
-    first: float | None = None  # timesteps of its first two steps
-    second: float | None = None
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a call belongs; written into the trajectory when the call has succeeded."""
-
-    trajectory: Trajectory
-    is_new: bool
-    step: int
-    turn: int
-
-    @property
-    def stream(self) -> str:
-        """Name of the stream: the user's, or the number of the call among those with one timestep."""
-        return self.trajectory.name or str(self.turn)
 
 
 class Runtime:
@@ -268,6 +171,7 @@ class GuardedGraph:
         self.compiled: Any = None  # see Interface
         self.interface, self.runtime = interface, runtime
         self.clock, self.latent, self.parameters, self.symbols = clock, latent, tuple(parameters), symbols
+        self._known = {clock, latent, *parameters}
         self.names = interface.names
         self.output_region = self.names.index("output") if "output" in self.names else None
         self._speaking = [self._speaks_for(site.block) for site in interface.sites]
@@ -282,15 +186,16 @@ class GuardedGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         runtime, start = self.runtime, time.perf_counter()
-        timestep = None if self.clock is None else _as_float(inputs[self.clock])
-        sample = _sample(inputs[self.latent]) if self.latent is not None else None
-        key = self._key(inputs)
-        position = self._locate(key, timestep, sample)
+        call, key = self._call(inputs), self._key(inputs)
+        position, timestep = self._locate(key, call), call.timestep
         state = self._state(position)
         version, layout = self._parameters_version(inputs), self._layout(inputs)
         if (state.weights_version, state.layout) != (version, layout):
             state.clear_slots()
             self.adopt(runtime, [inputs[i] for i in self.parameters])
+        if (position.step, position.turn) == (1, 0) and not call.is_given_what(state):
+            for stream in position.trajectory.streams:  # they may be of another run, given up in its first step
+                stream.clear_slots()
         index = position.step
         coordinate = float(index) if timestep is None else timestep
         before = self._before(key, position)
@@ -309,12 +214,12 @@ class GuardedGraph:
             results, made = self._run(inputs, state, compute, weights, heads, precision, correction)
             predicted = made.slots[self.output_region] if self.output_region is not None else []
         modes = None if heads is None else heads[0]
-        self._commit(key, position, state, timestep, coordinate, compute, pruned, precision, modes, made)
+        self._commit(key, position, state, call, coordinate, compute, pruned, precision, modes, made)
         if across is not None:
             if compute.any():
                 state.beside.appendleft(before)
             state.latest = predicted
-        state.sample, state.weights_version, state.layout = sample, version, layout
+        state.sample, state.weights_version, state.layout = call.sample, version, layout
         runtime.host_ms.append((time.perf_counter() - start - made.seconds) * 1e3)
         if runtime.pilot is not None:
             results = runtime.pilot.observe(self, position, timestep, inputs, results)
@@ -328,37 +233,20 @@ class GuardedGraph:
         model = inputs[self.parameters[0]].data_ptr() if self.clock is None and self.parameters else 0
         return (_STREAM.get(), self.names, shape, device, self.interface.depth, model)
 
-    def _locate(self, key: Any, timestep: float | None, sample: NDArray[np.float32] | None) -> Position:
-        now = self.runtime.current(key)
-        fresh = Position(Trajectory(key[0], num_steps=self.runtime.num_steps()), True, 0, 0)
-        if now is None:
-            return fresh
-        if timestep is None:  # no clock: steps are counted
-            total = self.runtime.num_steps()
-            ends = total is not None and now.step + 1 >= total
-            return fresh if ends or self._jumped(now, 0, sample) else Position(now, False, now.step + 1, 0)
-        assert now.timestep is not None
-        if timestep == now.timestep:
-            turn = now.turn + 1
-            if turn >= MAX_STREAMS or (now.step > 0 and self._jumped(now, turn, sample)):
-                return fresh
-            return Position(now, False, now.step, turn)
-        direction = np.sign(timestep - now.timestep)
-        if (now.direction and direction != now.direction) or self._jumped(now, 0, sample):
-            return fresh
-        if now.step == 0:
-            now.num_steps = self.runtime.num_steps(now.timestep, timestep)
-        return Position(now, False, now.step + 1, 0)
+    def _call(self, inputs: Sequence[Any]) -> Call:
+        timestep = None if self.clock is None else inputs[self.clock]
+        latent = None if self.latent is None else inputs[self.latent]
+        others = [value for i, value in enumerate(inputs) if i not in self._known and isinstance(value, Tensor)]
+        return Call(timestep, latent, others)
 
-    @staticmethod
-    def _jumped(trajectory: Trajectory, turn: int, sample: NDArray[np.float32] | None) -> bool:
-        if sample is None or turn >= len(trajectory.streams):
-            return False
-        before = trajectory.streams[turn].sample
-        if before is None or before.shape != sample.shape:
-            return True
-        change = float(np.abs(sample - before).mean()) / (float(np.abs(before).mean()) + 1e-12)
-        return not change < JUMP
+    def _locate(self, key: Any, call: Call) -> Position:
+        now = self.runtime.current(key)
+        position = locate(now, call, self.runtime.num_steps())
+        if position is None:
+            return Position(Trajectory(key[0], num_steps=self.runtime.num_steps()), True, 0, 0)
+        if position.step == 1 and call.timestep is not None:
+            position.trajectory.num_steps = self.runtime.num_steps(position.trajectory.first, call.timestep)
+        return position
 
     def _state(self, position: Position) -> StreamState:
         streams = position.trajectory.streams
@@ -631,7 +519,7 @@ class GuardedGraph:
         key: Any,
         position: Position,
         state: StreamState,
-        timestep: float | None,
+        call: Call,
         coordinate: float,
         compute: NDArray[np.bool_],
         pruned: NDArray[np.bool_] | None,
@@ -639,7 +527,7 @@ class GuardedGraph:
         modes: NDArray[np.int32] | None,
         made: "_Made",
     ) -> None:
-        trajectory = position.trajectory
+        trajectory, timestep = position.trajectory, call.timestep
         if position.is_new:
             self.runtime.begin(key, trajectory)
         if position.step > trajectory.step and trajectory.timestep is not None and timestep is not None:
@@ -650,9 +538,10 @@ class GuardedGraph:
         elif position.step == 1:
             trajectory.second = timestep
         if position.turn >= len(trajectory.streams):
+            state.given = call.given
             trajectory.streams.append(state)
         floor = self._floor(precision) if compute.any() else None
-        state.steps.append(_PendingStep(position.step, timestep, compute, made.rows, precision, modes, floor, pruned))
+        state.steps.append(PendingStep(position.step, timestep, compute, made.rows, precision, modes, floor, pruned))
         for r in np.flatnonzero(compute):
             if made.slots and made.slots[r]:
                 state.history[r].appendleft((coordinate, made.slots[r]))
@@ -712,16 +601,6 @@ class _Made:
     slots: list[list[Tensor]]
     kept: list[Tensor]
     seconds: float
-
-
-def _as_float(timestep: Any) -> float:
-    """Returns a step's timestep; of a tensor its largest element (some models clamp single tokens to 0)."""
-    return float(timestep.detach().max()) if isinstance(timestep, Tensor) else float(timestep)
-
-
-def _sample(latent: Tensor) -> NDArray[np.float32]:
-    flat = latent.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
 
 
 def _needed(weights: NDArray[np.float32]) -> int:

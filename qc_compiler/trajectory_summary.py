@@ -16,8 +16,8 @@ from .costs import hint
 from .errors import QuantCacheError
 from .graph import AttentionSite, Interface, RegionSpec
 from .registry import runtime_of
-from .runtime import StreamState
 from .statistics import Statistic
+from .trajectory import StreamState
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ from ..errors import QuantCacheError
 from ..heads import ASK, half_width
 from ..plan import HeadPlan, Plan
 from ..registry import runtime_of
-from ..runtime import GuardedGraph, Position
+from ..runtime import GuardedGraph
+from ..trajectory import Position
 from .recording import COMPUTE_ALL, run_steered
 
 WINDOWS = (1 / 8, 1 / 16, 1 / 32)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, QuantCacheError
 from ..registry import runtime_of
-from ..runtime import GuardedGraph, Position
+from ..runtime import GuardedGraph
+from ..trajectory import Position
 
 COMPUTE_ALL: dict[str, Any] = {"cache": "static", "interval": 1, "level": "output", "strict": True}  # every step
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime import GuardedGraph, Position, StreamState
+from ..runtime import GuardedGraph
+from ..trajectory import Position, StreamState
 from .recording import Recording, flat
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantCacheError
-from ..runtime import GuardedGraph, Position
+from ..runtime import GuardedGraph
+from ..trajectory import Position
 from .selection import select
 
 FEATURES = 1024  # elements of a sample that selection compares

@@ -36,7 +36,8 @@ from ..extrapolation import polynomial_weights
 from ..graph import RegionSpec
 from ..plan import Plan
 from ..registry import runtime_of
-from ..runtime import GuardedGraph, Position, Runtime, StreamState
+from ..runtime import GuardedGraph, Runtime
+from ..trajectory import Position, StreamState
 from ..trajectory_summary import computed_share
 from .recording import COMPUTE_ALL, Recording, flat, run_steered
 

@@ -11,7 +11,8 @@ from ..compensation import compensate, fit_correction
 from ..errors import QuantCacheError
 from ..plan import Plan
 from ..registry import runtime_of
-from ..runtime import GuardedGraph, Position
+from ..runtime import GuardedGraph
+from ..trajectory import Position
 from .recording import Recording, run_steered
 
 

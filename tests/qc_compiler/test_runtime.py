@@ -20,8 +20,9 @@ from qc_compiler.graph import Report
 from qc_compiler.pipeline import PassRun
 from qc_compiler.plan import Quantization
 from qc_compiler.registry import runtime_of
-from qc_compiler.runtime import _STREAM, MAX_STREAMS, MAX_TRAJECTORIES, Position, _PendingStep
+from qc_compiler.runtime import _STREAM, MAX_TRAJECTORIES
 from qc_compiler.statistics import Statistic, Sum
+from qc_compiler.trajectory import MAX_STREAMS, PendingStep, Position
 from ranks import decide_as_rank
 from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
@@ -91,6 +92,43 @@ def test_new_noise_at_the_very_timestep_is_not_the_next_call_of_that_stream(mode
     driver(noise(0), 1000)
     driver(noise(1), 1000)
     assert_computed(driver(noise(1), 900), model, noise(1), 900)
+
+
+class Captioned(nn.Module):
+    """The model with a caption beside the timestep."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, timestep, caption):
+        return self.model(x + caption[:, None], timestep)
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("captions", [(0, 1), (2, 1)])
+def test_a_run_given_up_in_its_first_step_leaves_nothing_to_the_same_run_begun_again(calls, captions, model):
+    """With another caption too: the noise alone does not tell a second run from another stream."""
+    torch._dynamo.reset()
+    words, x = noise(5, 3, 2, SHAPE[-1]), noise()
+    compiled = compile_eagerly(Captioned(model), LONG | {"num_steps": 3})
+
+    def run(captions, timesteps, calls):
+        pairs = [(t, caption) for t in timesteps for caption in captions][:calls]
+        with torch.no_grad():
+            return [compiled(x, torch.full((2,), t), words[caption]) for t, caption in pairs]
+
+    expected = run(captions, (1000.0, 900.0, 800.0), 6)
+    qc_compiler.reset(compiled)
+    run((0, 1), (1000.0, 900.0), calls)
+    found = run(captions, (1000.0, 900.0, 800.0), 6)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    for k in (2, 3):  # may be computed anew, but is never made of what the other run left
+        if not torch.equal(found[k], expected[k]):
+            assert_computed(found[k], model, x + words[captions[k % 2]][:, None], 900)
+    if captions == (0, 1):
+        assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
 def test_a_sampler_step_is_no_jump():
@@ -165,8 +203,8 @@ def test_two_calls_at_one_timestep_are_two_streams(level):
 
 def test_calls_at_one_timestep_without_end_are_no_streams():
     driver = Driver(**LONG)
-    for _ in range(3 * MAX_STREAMS):
-        driver(noise(), 1000)
+    for seed in range(3 * MAX_STREAMS):
+        driver(noise(seed), 1000)
     assert max(len(t.streams) for t in driver.runtime.trajectories) == MAX_STREAMS
     assert all(driver.computed())
 
@@ -497,7 +535,7 @@ def test_the_floor_is_that_of_the_lowest_precision_in_a_block(precision, expecte
 def test_nan_stays_nan_above_a_floor():
     floor, sums = np.full(2, 0.5, np.float32), torch.ones(2, len(Sum))
     sums[0] = float("nan")
-    step = _PendingStep(0, 0.0, np.ones(2, np.bool_), list(sums), None, floor)
+    step = PendingStep(0, 0.0, np.ones(2, np.bool_), list(sums), None, floor)
     change = step.resolve().statistics[:, Statistic.CHANGE]
     assert np.isnan(change[0])
     assert (change[1], step.num_bounded) == (1.0, 0)
@@ -1238,8 +1276,8 @@ def test_the_threshold_of_srap_moves_without_compiling(model):
 def test_two_streams_of_srap_draw_alike():
     driver = srap_driver((0.99,) * 3, prune_threshold=0.995)
     for i in range(6):
-        for _ in range(2):
-            driver(noise(), 1000 - 100 * i)
+        for seed in range(2):
+            driver(noise(seed), 1000 - 100 * i)
     rows = [row.tolist() for row in driver.decisions]
     assert rows[::2] == rows[1::2]
     assert any(not all(row) for row in rows)

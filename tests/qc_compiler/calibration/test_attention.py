@@ -26,7 +26,7 @@ from qc_compiler.calibration.attention import (
 from qc_compiler.errors import OptionError, QuantCacheError
 from qc_compiler.heads import half_width
 from qc_compiler.plan import Plan
-from qc_compiler.runtime import Position, Trajectory
+from qc_compiler.trajectory import Position, Trajectory
 from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
 STEPS = 5

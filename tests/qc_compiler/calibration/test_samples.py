@@ -7,7 +7,7 @@ import torch
 from qc_compiler.calibration.recording import run_steered
 from qc_compiler.calibration.samples import Call, Calls
 from qc_compiler.errors import OptionError, QuantCacheError
-from qc_compiler.runtime import Position, StreamState, Trajectory, _PendingStep
+from qc_compiler.trajectory import PendingStep, Position, StreamState, Trajectory
 from tiny_models import compile_eagerly, sample, tiny_dit
 
 BATCH, STEPS = 2, 6
@@ -137,7 +137,7 @@ def test_an_unknown_selection_is_an_error():
 
 
 def observed(calls, inputs, computed=True, step=0):
-    state = StreamState([_PendingStep(step, 0.0, np.array([computed]), ())])
+    state = StreamState([PendingStep(step, 0.0, np.array([computed]), ())])
     position = Position(Trajectory(None, [state]), False, step, 0)
     graph = SimpleNamespace(latent=0, parameters=(3,))
     return calls.observe(graph, position, 0.0, inputs, ("result",))
