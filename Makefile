@@ -1,8 +1,8 @@
-# Everything a newcomer needs: `make demo`, `make test`. Each creates .venv and installs into it.
+# Everything a newcomer needs: `make demo`, `make test`; `make bench` compares with everyone else. Each creates .venv and installs into it.
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)
@@ -18,6 +18,12 @@ test: $(VENV)/installed
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+
+bench: $(VENV)/installed
+	$(PY) -m pip install --quiet --editable ".[peers]"
+	$(PY) benchmarks/compare.py --model image
+	$(PY) benchmarks/compare.py --model video
+	$(PY) benchmarks/compare.py --model text
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check --fix .

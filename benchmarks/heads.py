@@ -6,7 +6,7 @@ four times the frames it was trained on; its layers have no one number of tokens
 are calibrated on another seed. PSNR and SSIM against the model in full precision, the same seeds for all; `recognized`
 by the judge of the captions or labels; times are of one whole trajectory, ours and Inductor's in turns in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/heads.py [--model text|video] [--samples 20] [--steps 20] [--guidance 1]
+    OMP_NUM_THREADS=1 python benchmarks/heads.py [--model text|video] [--samples 8] [--steps 20] [--guidance 2.5]
 """
 
 import argparse
@@ -25,31 +25,33 @@ from harness import header, in_turns, remembered, remembered_plan, table, write
 from qc_compiler.attention import CACHED, FULL, attended_share
 from qc_compiler.heads import half_width
 from qc_compiler.plan import HeadPlan, Plan
-from sampling import load_classifier, load_mmdit, load_model, psnr, resized, sample, ssim
+from sampling import load_model, psnr, resized
+from subjects import SUBJECTS, Judge, Subject
 
 BUDGETS = (0.05, 0.2, 0.4, 0.6, 0.8, 1.0)
-SEED, CALIBRATION_SEED, SHIFT, ROUNDS, TIMED, TOGETHER = 7, 3, 4.0, 2, 2, 0.05
-VIDEO = (1, 32, 16, 16)
+ROUNDS, TOGETHER = 2, 0.05
+LONG = Subject("video DiT, 32 frames", lambda: resized(load_model(), (32, 16, 16)), (1, 32, 16, 16), 2, 8)
 HEADINGS = ("what", "pairs saved", "PSNR dB", "median", "SSIM", "recognized", "× Inductor")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("text", "video"), default="text")
-    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--guidance", type=float, default=2.5)
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 100  # each row is a graph of its own, beside Inductor's
-    comparison = Comparison(args)
+    subject = SUBJECTS["text"] if args.model == "text" else LONG
+    subject = replace(subject, samples=args.samples, steps=args.steps, guidance=args.guidance)
+    comparison = Comparison(subject)
     command = "python benchmarks/heads.py " + " ".join(f"--{name} {value}" for name, value in vars(args).items())
-    title = "MMDiT" if comparison.is_text else f"video DiT, {VIDEO[1]} frames"
-    text = header(f"Head-wise attention on the trained {title}", command)
-    size = "×".join(map(str, comparison.size[1:]))
+    text = header(f"Head-wise attention on the trained {subject.title}", command)
+    size = "×".join(map(str, subject.size[1:]))
     text += f"\n{args.samples} samples of {size}, {args.steps} steps, guidance {args.guidance}.\n"
     text += f"\n{table(HEADINGS, comparison.budgets())}"
     minutes = ", ".join(f"δ = {budget}: {m:.1f}" for budget, m in comparison.minutes.items())
-    text += f"\nMinutes of the search, {TIMED} images: {minutes}.\n"
+    text += f"\nMinutes of the search, {subject.batch} samples: {minutes}.\n"
     text += f"\n## Together with the cache and W8A8\n\n{table(HEADINGS, comparison.together())}"
     write(f"heads_{args.model}.md", text)
 
@@ -57,33 +59,15 @@ def main() -> None:
 class Comparison:
     """The model, and what it is compared with."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        from captions import captioned_digits
-
-        self.args, self.is_text, self.classifier = args, args.model == "text", load_classifier()
-        if self.is_text:
-            self.model: Any = load_mmdit().requires_grad_(False)
-            self.labels, self.others = (
-                captioned_digits(args.samples, SEED)[1],
-                captioned_digits(TIMED, CALIBRATION_SEED)[1],
-            )
-        else:
-            self.model = resized(load_model(), VIDEO[1:]).requires_grad_(False)
-            self.labels, self.others = torch.arange(args.samples) % 10, torch.arange(TIMED) + 3
-        self.size, self.shift = ((1, 64, 64), SHIFT) if self.is_text else (VIDEO, 1.0)
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.model: Any = subject.load().requires_grad_(False)
         self.inductor = torch.compile(self.model)
-        self.reference = self.generate(self.inductor, self.labels, SEED)
-        self.page = f"heads_{args.model}_{args.samples}_{args.steps}_{args.guidance:g}"
+        self.judge = Judge(subject, subject.generate(self.inductor, subject.samples))
+        kind = "text" if subject.is_text else "video"
+        self.page = f"heads_{kind}_{subject.samples}_{subject.steps}_{subject.guidance:g}"
         self.minutes: dict[float, float] = {}
         self.plans: dict[float, Plan] = {}
-
-    def generate(self, model: Callable[..., Tensor], labels: Tensor, seed: int) -> Tensor:
-        """Returns samples in batches of `TIMED`, so that all that is timed has the same shape."""
-        parts = [
-            sample(model, part, self.args.steps, seed + i, self.args.guidance, self.size, shift=self.shift)
-            for i, part in enumerate(labels.split(TIMED))
-        ]
-        return torch.cat(parts)
 
     def budgets(self) -> list[tuple[str, ...]]:
         rows = [self.row("Inductor", None)]
@@ -92,7 +76,7 @@ class Comparison:
             self.plans[budget], self.minutes[budget] = plan, plan.measured["attention_minutes"]
             saved = plan.measured["attention_saved"]
             rows.append(self.row(f"δ = {budget}", plan))
-            if self.is_text:
+            if self.subject.is_text:
                 rows.append(self.row(f"same window for all, as δ = {budget}", uniform(plan, saved)))
             rows.append(self.row(f"whole layers cached, as δ = {budget}", layers_cached(plan, saved)))
         return rows
@@ -112,9 +96,7 @@ class Comparison:
 
     def calibrate(self, name: str, **kwargs: Any) -> Plan:
         def run() -> Plan:
-            return qc_compiler.calibrate(
-                self.model, lambda model: self.generate(model, self.others, CALIBRATION_SEED), progress=False, **kwargs
-            )
+            return qc_compiler.calibrate(self.model, self.subject.calibration_samples, progress=False, **kwargs)
 
         return remembered_plan(self.page, name, run)
 
@@ -122,25 +104,20 @@ class Comparison:
         return tuple(remembered(self.page, name, lambda: self.measure(name, plan, options)))
 
     def measure(self, name: str, plan: Plan | None, options: dict[str, Any]) -> tuple[str, ...]:
-        from captions import caption_accuracy
-        from classifier import accuracy
-
         options |= {"plan": plan} if plan else {}
         options |= {} if plan and plan.has_schedule else {"cache": "off"}
         model = torch.compile(self.model, backend="quantcache", options=options) if len(options) > 1 or plan else None
-        found = self.generate(self.inductor if model is None else model, self.labels, SEED)
-        decibels = [psnr(a[None], b[None]) for a, b in zip(found, self.reference)]
-        frames = [each[None, :, None] if self.is_text else each[None] for each in (*found, *self.reference)]
-        similar = [ssim(a, b) for a, b in zip(frames, frames[len(found) :])]
-        recognize = caption_accuracy if self.is_text else accuracy
+        found = self.subject.generate(self.inductor if model is None else model, self.subject.samples)
+        decibels = [psnr(a[None], b[None]) for a, b in zip(found, self.judge.reference)]
+        quality = self.judge(found)
         saved = plan.measured.get("attention_saved") if plan else None
         return (
             name,
             "–" if saved is None else f"{saved:.0%}",
             f"{np.mean(decibels):.1f}",
             f"{np.median(decibels):.1f}",
-            f"{np.mean(similar):.4f}",
-            f"{recognize(self.classifier, found, self.labels):.1%}",
+            f"{quality.ssim:.4f}",
+            f"{quality.recognized:.1%}",
             "1" if model is None else f"{self.speed_up(model):.2f}",
         )
 
@@ -148,7 +125,7 @@ class Comparison:
         """Returns Inductor's time of a trajectory over ours, medians of runs in turns."""
 
         def run(each: Any) -> Callable[[], Tensor]:
-            return lambda: self.generate(each, self.others, CALIBRATION_SEED)
+            return lambda: self.subject.generate(each)
 
         plain, ours = in_turns([run(self.inductor), run(model)], ROUNDS)
         return statistics.median(plain) / statistics.median(ours)

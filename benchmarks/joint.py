@@ -12,7 +12,6 @@ import argparse
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from torch import Tensor
 
 import qc_compiler
 from harness import RESULTS, header, in_turns, remembered, remembered_plan, table, write
-from quality import unipc
-from sampling import DATA_RANGE, load_classifier, load_dit, load_mmdit, load_model, psnr, sample, shift_times
+from sampling import DATA_RANGE, shift_times
+from subjects import SUBJECTS, Judge, Subject
 
-STEPS, SEED, CALIBRATION_SEED, ROUNDS = 50, 7, 123, 3
+ROUNDS = 3
 TARGETS = ("psnr=30", "psnr=35", "psnr=40", "speedup=6.72", "speedup=10")
 RETIMED = 30
 HEADINGS = ("what", "PSNR dB", "planned", "recognized", "× Inductor", "computed", "decided")
@@ -44,26 +43,6 @@ VALUES = {
 SHARES = (0.1, 0.14, 0.2)  # of schedules alone
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A trained model and how it is sampled."""
-
-    title: str
-    load: Callable[[], Any]
-    size: tuple[int, ...]
-    batch: int
-    guidance: float = 2.0
-    shift: float = 1.0
-    max_generations: float = 60.0  # of the calibration
-
-
-SUBJECTS = {
-    "video": Subject("video DiT", load_model, (1, 8, 16, 16), batch=8),
-    "image": Subject("image DiT", load_dit, (1, 16, 16), batch=8),
-    "text": Subject("MMDiT", load_mmdit, (1, 64, 64), batch=2, guidance=2.5, shift=4.0, max_generations=30.0),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SUBJECTS, default="video")
@@ -73,7 +52,9 @@ def main() -> None:
     rows = list(comparison.rows())
     how = comparison.subject
     text = header(f"One plan for everything: the {how.title}", f"python benchmarks/joint.py --model {args.model}")
-    text += f"\n{how.batch} samples, {STEPS} steps, guidance {how.guidance}; calibrated on other seeds and labels.\n\n"
+    text += (
+        f"\n{how.batch} samples, {how.steps} steps, guidance {how.guidance}; calibrated on other seeds and labels.\n\n"
+    )
     text += f"{table(HEADINGS, rows)}\n![frontier](joint_{args.model}.png)\n"
     draw(rows, [comparison.plan(target) for target in TARGETS], args.model)
     write(f"joint_{args.model}.md", text)
@@ -84,26 +65,10 @@ class Comparison:
 
     def __init__(self, name: str) -> None:
         self.page = f"joint_{name}"
-        self.subject, self.is_text, self.classifier = SUBJECTS[name], name == "text", load_classifier()
+        self.subject: Subject = SUBJECTS[name]
         self.model: Any = self.subject.load().requires_grad_(False)
-        self.labels, self.other_labels = self.draw_labels(SEED), self.draw_labels(CALIBRATION_SEED)
         self.inductor = torch.compile(self.model)
-        self.reference = self.generate(self.inductor)
-
-    def draw_labels(self, seed: int) -> Tensor:
-        if self.is_text:
-            from captions import captioned_digits
-
-            return captioned_digits(self.subject.batch, seed)[1]
-        return (torch.arange(self.subject.batch) + (0 if seed == SEED else self.subject.batch)) % 10
-
-    def generate(self, model: Callable[..., Tensor], steps: int = STEPS) -> Tensor:
-        how = self.subject
-        return sample(model, self.labels, steps, SEED, how.guidance, how.size, shift=how.shift)
-
-    def calibration_samples(self, model: Callable[..., Tensor]) -> Tensor:
-        how = self.subject
-        return sample(model, self.other_labels, STEPS, CALIBRATION_SEED, how.guidance, how.size, shift=how.shift)
+        self.judge = Judge(self.subject, self.subject.generate(self.inductor))
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         yield self.row("Inductor", lambda: self.inductor)
@@ -120,7 +85,7 @@ class Comparison:
         for rule, options in RULES.items():
             knob = "interval" if rule == "every n-th step" else "threshold"
             for value in VALUES[rule]:
-                named = options | {knob: value, "num_steps": STEPS}
+                named = options | {knob: value, "num_steps": self.subject.steps}
                 yield self.row(f"{rule}, {knob} {value}", lambda named=named: self.compiled(**named))  # type: ignore[misc]
         for steps in (5, 7, 10, 13, 17, 25):
             yield remembered(self.page, f"UniPC, {steps} steps", lambda steps=steps: self.fewer(steps))  # type: ignore[misc]
@@ -133,7 +98,7 @@ class Comparison:
         """The plans of all targets, which share their measurements."""
         found = qc_compiler.calibrate(
             self.model,
-            self.calibration_samples,
+            self.subject.calibration_samples,
             target=TARGETS,
             data_range=DATA_RANGE,
             max_generations=self.subject.max_generations,
@@ -143,7 +108,9 @@ class Comparison:
         return dict(zip(TARGETS, found))
 
     def schedule(self, share: float) -> qc_compiler.Plan:
-        return qc_compiler.calibrate(self.model, self.calibration_samples, share=share, level="output", progress=False)
+        return qc_compiler.calibrate(
+            self.model, self.subject.calibration_samples, share=share, level="output", progress=False
+        )
 
     def compiled(self, **options: Any) -> Any:
         return torch.compile(self.model, backend="quantcache", options=options)
@@ -152,41 +119,35 @@ class Comparison:
         return tuple(remembered(self.page, name, lambda: self.measure(name, make(), plan)))
 
     def measure(self, name: str, compiled: Any, plan: qc_compiler.Plan | None) -> tuple[str, ...]:
-        found = self.generate(compiled)
+        quality = self.judge(self.subject.generate(compiled))
         planned = f"{plan.measured['psnr']:.1f}" if plan else ""
         share = "100%" if compiled is self.inductor else f"{qc_compiler.summary(compiled).computed_share:.1%}"
-        decibels, recognized = self.quality(found, self.reference)
-        return (name, decibels, planned, recognized, f"{self.ratio(lambda: self.generate(compiled)):.2f}", share,
-                plan.reasons[0] if plan else "")  # fmt: skip
+        ratio = f"{self.ratio(lambda: self.subject.generate(compiled)):.2f}"
+        reason = plan.reasons[0] if plan else ""
+        return name, f"{quality.psnr:.1f}", planned, f"{quality.recognized:.1%}", ratio, share, reason
 
     def retimed(self, target: str, plan: qc_compiler.Plan) -> tuple[str, ...]:
-        """Returns the row of a plan for `STEPS` that runs `RETIMED`."""
-        times = shift_times(torch.linspace(1, 0, RETIMED + 1)[:-1], self.subject.shift)
+        """Returns the row of a plan for the subject's steps that runs `RETIMED`."""
+        how = self.subject
+        times = shift_times(torch.linspace(1, 0, RETIMED + 1)[:-1], how.shift)
         compiled = self.compiled(plan=plan.retimed((1000 * times).tolist()))
-        found, full = self.generate(compiled, RETIMED), self.generate(self.inductor, RETIMED)
-        decibels, recognized = self.quality(found, full)
-        share = qc_compiler.summary(compiled).computed_share
-        return f"re-timed, {target}", decibels, "", recognized, "", f"{share:.1%}", f"{RETIMED} steps"
+        judge = Judge(how, how.generate(self.inductor, steps=RETIMED))
+        quality = judge(how.generate(compiled, steps=RETIMED))
+        share = f"{qc_compiler.summary(compiled).computed_share:.1%}"
+        return (f"re-timed, {target}", f"{quality.psnr:.1f}", "", f"{quality.recognized:.1%}", "", share,
+                f"{RETIMED} steps")  # fmt: skip
 
     def fewer(self, steps: int) -> tuple[str, ...]:
-        how = self.subject
-
         def run() -> Tensor:
-            return unipc(self.inductor, self.labels, steps, SEED, how.guidance, how.size, how.shift)
+            return self.subject.generate(self.inductor, steps=steps, solver="UniPC")
 
-        decibels, recognized = self.quality(run(), self.reference)
-        return f"UniPC, {steps} steps", decibels, "", recognized, f"{self.ratio(run):.2f}", f"{steps / STEPS:.0%}", ""
-
-    def quality(self, found: Tensor, full: Tensor) -> tuple[str, str]:
-        from captions import caption_accuracy
-        from classifier import accuracy
-
-        recognize = caption_accuracy if self.is_text else accuracy
-        return f"{psnr(found, full):.1f}", f"{recognize(self.classifier, found, self.labels):.1%}"
+        quality, share = self.judge(run()), f"{steps / self.subject.steps:.0%}"
+        ratio = f"{self.ratio(run):.2f}"
+        return f"UniPC, {steps} steps", f"{quality.psnr:.1f}", "", f"{quality.recognized:.1%}", ratio, share, ""
 
     def ratio(self, run: Callable[[], Any]) -> float:
         """Returns the time of Inductor's trajectory over that of `run`, medians, in turns."""
-        plain, ours = in_turns([lambda: self.generate(self.inductor), run], ROUNDS)
+        plain, ours = in_turns([lambda: self.subject.generate(self.inductor), run], ROUNDS)
         return statistics.median(plain) / statistics.median(ours)
 
 

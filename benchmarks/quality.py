@@ -6,7 +6,6 @@ Calibration sees other seeds and labels. `fewer steps` is drawn twice: the model
     python benchmarks/quality.py
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +17,10 @@ from torch import Tensor
 
 import qc_compiler
 from harness import RESULTS, header, table, write
-from sampling import NULL_LABEL, load_model, psnr, sample, shift_times
+from sampling import psnr
+from subjects import SUBJECTS
 
-STEPS, BATCH, SEED, CALIBRATION_SEED, GUIDANCE = 50, 8, 7, 123, 2.0
+STEPS = SUBJECTS["video"].steps
 SHARES = (0.16, 0.25, 0.33, 0.5)
 OURS = "calibrated schedule"
 FEWER = (8, 10, 13, 17, 25)
@@ -35,16 +35,9 @@ class Point:
 
 
 def main() -> None:
-    model = load_model().requires_grad_(False)
-    label = torch.arange(BATCH) % 10
-    reference = sample(model, label, STEPS, SEED, GUIDANCE)
-
-    def generate(compiled: Callable[..., Tensor]) -> Tensor:
-        return sample(compiled, label, STEPS, SEED, GUIDANCE)
-
-    def calibration_samples(compiled: Callable[..., Tensor]) -> Tensor:
-        return sample(compiled, (label + BATCH) % 10, STEPS, CALIBRATION_SEED, GUIDANCE)
-
+    subject = SUBJECTS["video"]
+    model = subject.load().requires_grad_(False)
+    reference = subject.generate(model)
     points = []
 
     def add(method: str, setting: str, share: float, videos: Tensor) -> None:
@@ -52,23 +45,25 @@ def main() -> None:
         print(f"{method:34} {setting:16} share {share:.3f}  {points[-1].psnr:.1f} dB", flush=True)
 
     for steps in FEWER:
-        add("fewer steps (Euler)", f"{steps} steps", steps / STEPS, sample(model, label, steps, SEED, GUIDANCE))
-        add("fewer steps (UniPC)", f"{steps} steps", steps / STEPS, unipc(model, label, steps, SEED))
+        add("fewer steps (Euler)", f"{steps} steps", steps / STEPS, subject.generate(model, steps=steps))
+        add(
+            "fewer steps (UniPC)", f"{steps} steps", steps / STEPS, subject.generate(model, steps=steps, solver="UniPC")
+        )
 
     for method, options, name, values in sweeps():
         compiled = torch.compile(model, backend="quantcache", options=options)
-        sample(compiled, label, 2, SEED, GUIDANCE)
+        subject.generate(compiled, steps=2)
         for value in values:
             qc_compiler.configure(compiled, **{name: value})
             qc_compiler.reset(compiled)
-            videos = generate(compiled)
+            videos = subject.generate(compiled)
             add(method, f"{name}={value}", qc_compiler.summary(compiled).computed_share, videos)
         torch._dynamo.reset()
 
     for share in SHARES:
-        plan = qc_compiler.calibrate(model, calibration_samples, share, progress=False)
+        plan = qc_compiler.calibrate(model, subject.calibration_samples, share, progress=False)
         compiled = torch.compile(model, backend="quantcache", options={"plan": plan})
-        videos = generate(compiled)
+        videos = subject.generate(compiled)
         setting = f"share={share}, {partial_steps(plan)} partial steps"
         add(OURS, setting, qc_compiler.summary(compiled).computed_share, videos)
         torch._dynamo.reset()
@@ -108,32 +103,6 @@ def sweeps() -> list[tuple[str, dict[str, object], str, tuple[float, ...]]]:
         found.append((f"{rule} ({level}), order 1", options, "threshold", values))
     found += [(f"preset {name}", {"preset": name}, "num_steps", (STEPS,)) for name in ("high", "balanced", "fast")]
     return found
-
-
-def unipc(
-    model: Callable[..., Tensor],
-    label: Tensor,
-    steps: int,
-    seed: int,
-    guidance: float = GUIDANCE,
-    size: tuple[int, ...] = (1, 8, 16, 16),
-    shift: float = 1.0,
-) -> Tensor:
-    """Samples like `sampling.sample`, with diffusers' UniPC solver on the same rectified flow."""
-    from diffusers import UniPCMultistepScheduler
-
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=1.0
-    )
-    scheduler.set_timesteps(sigmas=shift_times(torch.linspace(1.0, 1.0 / steps, steps), shift).numpy(), device="cpu")
-    x = torch.randn(len(label), *size, generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-            time = torch.full((len(label),), 1000 * float(sigma))
-            unguided = model(x, time, torch.full_like(label, NULL_LABEL))
-            velocity = unguided + guidance * (model(x, time, label) - unguided)
-            x = scheduler.step(velocity, timestep, x).prev_sample
-    return x
 
 
 def curves(points: list[Point]) -> dict[str, list[Point]]:

@@ -48,7 +48,7 @@ def runtime_of(model: Any) -> Runtime:
     """Returns the runtime of a compiled model (or of the plain module that was compiled).
 
     Raises:
-        QuantCacheError: the model has not run under quantcache yet.
+        QuantCacheError: the model has not run under quantcache yet, or was compiled with another backend.
     """
     module = getattr(model, "_orig_mod", model)
     if not isinstance(module, torch.nn.Module):
@@ -84,11 +84,17 @@ def _same(a: Plan | None, b: Plan | None) -> bool:
 
 
 def _options_of(model: Any) -> Mapping[str, Any] | None:
-    """Returns the options a module was compiled with, or None if they cannot be seen from outside."""
+    """Returns the options a module was compiled with, or None if they cannot be seen from outside.
+
+    Raises:
+        QuantCacheError: it was compiled with PyTorch's own backend.
+    """
     callback = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
     while callback is not None and not hasattr(callback, "compiler_name"):
         callback = getattr(callback, "_torchdynamo_orig_backend", None)
     if callback is None:
         return None
+    if callback.compiler_name == "inductor":
+        raise QuantCacheError("the model was compiled with backend='inductor', not with backend='quantcache'")
     given = callback.kwargs.get("options")
     return {} if given is None and callback.compiler_name == "quantcache" else given

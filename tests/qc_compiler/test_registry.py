@@ -97,6 +97,14 @@ def test_other_options_have_a_runtime_of_their_own():
         runtime_of(torch.compile(model, backend="quantcache", options={"cache": "tdc"}))
 
 
+def test_a_model_compiled_by_inductor_is_not_taken_for_ours():
+    model = tiny_dit(2)
+    runtime_for(list(model.parameters()), {}, Options())
+    for kwargs in ({}, {"mode": "reduce-overhead"}):
+        with pytest.raises(QuantCacheError, match="backend='inductor'"):
+            runtime_of(torch.compile(model, **kwargs))
+
+
 def test_a_graph_that_sees_one_parameter_finds_the_runtime_of_the_model():
     model = tiny_dit(2)
     parameters = list(model.parameters())
