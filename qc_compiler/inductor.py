@@ -88,7 +88,9 @@ class _Recorder(fx.Interpreter):
             return super().run_node(n)
         args = pytree.tree_map(tracer.unwrap_proxy, self.fetch_args_kwargs_from_env(n)[0])
         call = tracer.create_proxy("call_function", n.target, args, {})
-        return track_tensor_tree(tuple(map(_in_mode, n.meta["val"])), call, constant=None, tracer=tracer)
+        with disable_proxy_modes_tracing():  # or the allocations were recorded, with strides that Inductor cannot lower
+            results = tuple(map(_in_mode, n.meta["val"]))
+        return track_tensor_tree(results, call, constant=None, tracer=tracer)
 
 
 @contextlib.contextmanager

@@ -51,6 +51,27 @@ def test_the_compiled_graph_is_the_graph(graph, compiled, compute):
             torch.testing.assert_close(found[3 + region], expected[3 + region])
 
 
+class OnImages(torch.nn.Module):
+    """Blocks on the pixels of an image of any height and width."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = Stack(block, block)
+
+    def forward(self, x):
+        return self.stack(x.flatten(2).transpose(1, 2))
+
+
+def test_the_number_of_tokens_may_be_a_product_of_sizes_that_vary():
+    """Its strides hold Max(1, H * W), for which Inductor has no lowering where it is not the shape of an input."""
+    model, options = OnImages(), {"cache": "static", "level": "output", "num_steps": 2}
+    compiled = torch.compile(model, backend="quantcache", options=options, dynamic=True)
+    with torch.no_grad():
+        for size in ((2, 3), (4, 2)):
+            x = torch.randn(1, 8, *size)
+            torch.testing.assert_close(compiled(x), model(x))
+
+
 # -- heads, under Dynamo and the runtime
 
 
