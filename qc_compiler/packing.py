@@ -29,7 +29,7 @@ from .checksum import checksum
 from .errors import OptionError, PackedFileError, PlanError, QuantCacheError, nearest
 from .formats import parse_format
 from .formats.schemes import PLAIN, SCHEMES, WEIGHTS, Scheme, recipe_of
-from .formats.transforms import hadamard, low_rank, rotate, rotation_size, shared_scales
+from .formats.transforms import shared_scales
 from .plan import Plan, Quantization
 
 VERSION = 4
@@ -63,17 +63,12 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.scheme = linear.in_features, linear.out_features, scheme
         self.dtype = linear.weight.dtype
         self.register_parameter("bias", linear.bias)
-        weight = linear.weight.detach()
+        weight, branch = scheme.prepare_weight(linear.weight.detach(), scales)
         if scheme.balance:
             assert scales is not None
-            weight = weight * scales.to(weight.dtype)
             self.register_buffer("reciprocal", 1 / scales.to(weight.dtype))
-        if scheme.rotation and (size := rotation_size(self.in_features)) > 1:
-            weight = rotate(weight, hadamard(size, weight.device))
-        if scheme.rank:
-            up, down, weight = low_rank(weight, scheme.rank)
-            self.register_buffer("down", down)
-            self.register_buffer("up", up)
+        for name, factor in zip(("up", "down"), branch):
+            self.register_buffer(name, factor)
         form = parse_format(scheme.weight)
         self._num_parts = form.num_parts
         codes, *others = form.quantize(weight)
@@ -90,10 +85,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x̂·ŵᵀ + b, (…, N); an x with one row a sample (a modulation) is not quantized."""
-        x = x * self.reciprocal if "reciprocal" in self._buffers else x
-        if self.scheme.rotation and (size := rotation_size(self.in_features)) > 1:
-            x = rotate(x, hadamard(size, x.device))
-        x_hat = x
+        x_hat = x = self.scheme.prepare_input(x, self._buffers.get("reciprocal"))
         if x.dim() > 2 and x.shape[-2] > 1 and self.scheme.activation != PLAIN:
             x_hat = ops.dequantize(ops.quantize(x, self.scheme.activation), self.scheme.activation, x.dtype)
         weight = ops.dequantize(self.parts, self.scheme.weight, x.dtype, self.in_features)

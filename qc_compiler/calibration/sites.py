@@ -10,7 +10,6 @@ from torch import Tensor, fx
 
 from ..formats import parse_format
 from ..formats.schemes import PLAIN, Scheme
-from ..formats.transforms import hadamard, low_rank, rotate, rotation_size
 from ..graph import body_calls, body_of, invoke_subgraph
 from ..linears import LinearSite, find_linears, site_name
 
@@ -86,23 +85,15 @@ class RoundedLinear:
     """
 
     def __init__(self, weight: Tensor, scheme: Scheme, scales: Tensor | None = None) -> None:
-        w = weight.detach()
-        self._scales = scales.to(w.dtype) if scheme.balance and scales is not None else None
-        w = w if self._scales is None else w * self._scales
-        size = rotation_size(w.shape[1]) if scheme.rotation else 1
-        self._matrix = hadamard(size, w.device) if size > 1 else None
-        w = w if self._matrix is None else rotate(w, self._matrix)
-        self._branch = None
-        if scheme.rank:
-            *self._branch, w = low_rank(w, scheme.rank)
-        self._weight, self._activation = rounded(w, scheme.weight), scheme.activation
+        w, self._branch = scheme.prepare_weight(weight.detach(), scales)
+        self._reciprocal = 1 / scales.to(w.dtype) if scheme.balance and scales is not None else None
+        self._weight, self._scheme = rounded(w, scheme.weight), scheme
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x̂·ŵᵀ + b, (…, N)."""
-        x = x if self._scales is None else x / self._scales
-        x = x if self._matrix is None else rotate(x, self._matrix)
-        y = F.linear(rounded(x, self._activation), self._weight, bias)
-        if self._branch is None:
+        x = self._scheme.prepare_input(x, self._reciprocal)
+        y = F.linear(rounded(x, self._scheme.activation), self._weight, bias)
+        if not self._branch:
             return y
         up, down = self._branch
         return y + F.linear(F.linear(x, down), up)

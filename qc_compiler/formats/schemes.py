@@ -3,7 +3,10 @@
 import re
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from ..errors import OptionError, nearest
+from .transforms import hadamard, low_rank, rotate, rotation_size
 
 PLAIN = "plain"  # activations as they are
 
@@ -24,6 +27,29 @@ class Scheme:
     rotation: bool = False
     rank: int = 0
     balance: bool = False
+
+    def prepare_weight(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Returns what is quantized of a weight (N, K), and its branch: up (N, r) and down (r, K), or nothing.
+
+        Args:
+            scales: (K,), what balancing divides x by; read only if the scheme balances.
+        """
+        if self.balance:
+            assert scales is not None
+            weight = weight * scales.to(weight.dtype)
+        if self.rotation and (size := rotation_size(weight.shape[1])) > 1:
+            weight = rotate(weight, hadamard(size, weight.device))
+        if not self.rank:
+            return weight, []
+        *branch, weight = low_rank(weight, self.rank)
+        return weight, branch
+
+    def prepare_input(self, x: Tensor, reciprocal: Tensor | None = None) -> Tensor:
+        """Returns x (…, K) as the prepared weight wants it; `reciprocal` (K,) is of the scales."""
+        x = x if reciprocal is None else x * reciprocal
+        if self.rotation and (size := rotation_size(x.shape[-1])) > 1:
+            x = rotate(x, hadamard(size, x.device))
+        return x
 
 
 @dataclass(frozen=True)
