@@ -12,7 +12,17 @@ import torch
 from torch import fx
 
 from qc_compiler.compensation import channel_axis, compensate
-from qc_compiler.graph import GraphPass, Report, Skip, fake_mode_of, inline, outputs, placeholders, trace, values_of
+from qc_compiler.graph import (
+    GraphPass,
+    Report,
+    Skip,
+    add_placeholder,
+    fake_mode_of,
+    inline,
+    outputs,
+    trace,
+    values_of,
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +38,8 @@ class CompensateOutput(GraphPass):
             return Report(0, (Skip("output", "it has no channels: VC corrects images, videos and tokens"),))
         value = first.meta["val"]
         channels = int(value.shape[channel_axis(value.dim())])
-        with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
-            correction = gm.graph.placeholder("correction")
         with fake_mode_of([value]):
-            correction.meta["val"] = torch.empty(channels, 2, device=value.device)
+            correction = add_placeholder(gm.graph, "correction", torch.empty(channels, 2, device=value.device))
         end = gm.graph.output_node()
         part = trace(lambda y, c: (compensate(y, c),), *values_of([first, correction]))
         (corrected,) = inline(gm.graph, gm, part, [first, correction], before=end)

@@ -27,6 +27,7 @@ from qc_compiler.graph import (
     Report,
     Skip,
     SlotSpec,
+    add_placeholder,
     body_calls,
     body_of,
     eliminate_dead_code,
@@ -249,14 +250,10 @@ class _Wiring:
         self._device = next(
             n.meta["val"] for n in outputs(self.graph) if isinstance(n, fx.Node) and is_tensor(n)
         ).device
-        self._last = formals[-1]
-        self._decisions, self._weights = self._placeholder("decisions"), self._placeholder("weights")
-
-    def _placeholder(self, name: str, val: Any = None) -> fx.Node:
-        with self.graph.inserting_after(self._last):
-            self._last = self.graph.placeholder(name)
-        self._last.meta["val"] = val
-        return self._last
+        self._decisions, self._weights = (
+            add_placeholder(self.graph, "decisions"),
+            add_placeholder(self.graph, "weights"),
+        )
 
     def empty(self, *size: int, dtype: torch.dtype, device: Any) -> Tensor:
         with self._mode:
@@ -272,7 +269,7 @@ class _Wiring:
             shapes, dtypes = tuple(tuple(v.shape) for v in values), tuple(v.dtype for v in values)
             self.interface.slots.append(SlotSpec(region, shapes, dtypes, values[0].device))
         return [
-            self._placeholder(f"slot_{region}_{k}_{age}" + ("", "_scale")[part], value)
+            add_placeholder(self.graph, f"slot_{region}_{k}_{age}" + ("", "_scale")[part], value)
             for age in range(self.interface.depth)
             for k, values in enumerate(encoded)
             for part, value in enumerate(values)
@@ -281,7 +278,7 @@ class _Wiring:
     def steering(self, region: int) -> list[fx.Node]:
         """Returns the region's row of weights and its predicate."""
         select = torch.ops.aten.select.int
-        with self.graph.inserting_before(self._last.next):
+        with self.graph.inserting_before(placeholders(self.graph)[-1].next):
             weights = self.graph.call_function(select, (self._weights, 0, region))
             predicate = self.graph.call_function(select, (self._decisions, 0, region))
         weights.meta["val"] = self.empty(self.interface.depth, dtype=torch.float32, device=self._device)
@@ -314,13 +311,7 @@ def _interpreted(body: fx.GraphModule) -> Any:
 
 
 def _add_placeholders(graph: fx.Graph, formals: Sequence[fx.Node], suffix: str) -> list[fx.Node]:
-    last, added = placeholders(graph)[-1], []
-    for formal in formals:
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"{formal.name}{suffix}")
-        last.meta["val"] = formal.meta["val"]
-        added.append(last)
-    return added
+    return [add_placeholder(graph, f"{formal.name}{suffix}", formal.meta["val"]) for formal in formals]
 
 
 def _between(calls: Sequence[fx.Node]) -> list[fx.Node]:

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qc_compiler.graph import GraphPass, Report, eliminate_dead_code, is_parameter, is_tensor, outline, placeholders
+from qc_compiler.graph import (
+    GraphPass,
+    Report,
+    add_placeholder,
+    eliminate_dead_code,
+    is_parameter,
+    is_tensor,
+    outline,
+    placeholders,
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,8 @@ class PrepareWeights(GraphPass):
         prepare.meta["sources"] = [formals.index(node) for node in sources]
         prepare.meta["at"] = len(formals)
         gm.meta["prepare"] = prepare
-        last = formals[-1]
         for i, result in enumerate(results):
-            with gm.graph.inserting_after(last):
-                last = gm.graph.placeholder(f"prepared_{i}")
-            last.meta["val"] = result.meta["val"]
-            result.replace_all_uses_with(last)
+            result.replace_all_uses_with(add_placeholder(gm.graph, f"prepared_{i}", result.meta["val"]))
         for node in reversed(nodes):
             gm.graph.erase_node(node)
         return Report(changed=len(results))

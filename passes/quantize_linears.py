@@ -30,6 +30,7 @@ from qc_compiler.graph import (
     Skip,
     add_call,
     add_operands,
+    add_placeholder,
     args_of,
     body_calls,
     body_of,
@@ -185,8 +186,7 @@ class _PrecisionRows:
         self._mode = fake_mode_of(values_of(placeholders(gm.graph)))
         self._precision: fx.Node | None = None
         if num_choices > 1:
-            with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
-                self._precision = gm.graph.placeholder("precision")
+            self._precision = add_placeholder(gm.graph, "precision")
 
     def flags(self, body: str, site: LinearSite | PackedSite) -> list[fx.Node]:
         """Returns the flags, one less than there are choices, that all linears of one x share."""

@@ -19,7 +19,6 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +32,7 @@ from qc_compiler.graph import (
     Skip,
     add_call,
     add_operands,
+    add_placeholder,
     add_results,
     args_of,
     body_calls,
@@ -252,14 +252,7 @@ class _Wiring:
         self._mode = fake_mode_of(values_of(placeholders(gm.graph)))
         self._sites: list[AttentionSite] = []
         self._at: dict[tuple[fx.Node, int], tuple[int, fx.Node | None]] = {}
-        self._last = placeholders(gm.graph)[-1]
-        self._modes, self._attends = self._placeholder("modes"), self._placeholder("attends")
-
-    def _placeholder(self, name: str, val: Any = None) -> fx.Node:
-        with self._gm.graph.inserting_after(self._last):
-            self._last = self._gm.graph.placeholder(name)
-        self._last.meta["val"] = val
-        return self._last
+        self._modes, self._attends = add_placeholder(gm.graph, "modes"), add_placeholder(gm.graph, "attends")
 
     def add_row(self, call: fx.Node, number: int, site: Attention, num_kept: int) -> None:
         """Adds a layer: the attention `number` of a block."""
@@ -269,7 +262,7 @@ class _Wiring:
         slot = None
         if num_kept:
             with self._mode:
-                slot = self._placeholder(f"kept_{len(self._sites)}", val.new_empty(shape))
+                slot = add_placeholder(self._gm.graph, f"kept_{len(self._sites)}", val.new_empty(shape))
         self._at[call, number] = len(self._sites), slot
         block = str(call.meta["block"])
         self._sites.append(AttentionSite(site.name, block, heads, site.num_text, shape, val.dtype, val.device))

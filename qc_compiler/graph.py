@@ -224,6 +224,14 @@ def placeholders(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
+def add_placeholder(graph: fx.Graph, name: str, val: Any = None) -> fx.Node:
+    """Returns a new last input."""
+    with graph.inserting_after(placeholders(graph)[-1]):
+        node = graph.placeholder(name)
+    node.meta["val"] = val
+    return node
+
+
 def args_of(node: fx.Node) -> tuple[Any, ...]:
     """Returns a node's arguments, whose places its operator's schema gives."""
     return node.args
@@ -338,8 +346,7 @@ def add_operands(
     graph = body_of(gm, calls[0]).graph
     added = []
     for node in given[0]:
-        with graph.inserting_after(placeholders(graph)[-1]):
-            added.append(graph.placeholder(node.name))
+        added.append(add_placeholder(graph, node.name))
         added[-1].target = added[-1].name  # a target that is another node's name would shadow it in the generated code
         added[-1].meta |= {"val": node.meta["val"], "parameter": prepared}
     return added

@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from .graph import cond, fake_mode_of, invoke_subgraph, is_parameter, outputs, placeholders, values_of
+from .graph import add_placeholder, cond, fake_mode_of, invoke_subgraph, is_parameter, outputs, placeholders, values_of
 
 
 def compile_graph(gm: fx.GraphModule, *, config_patches: Mapping[str, Any] | None = None) -> Callable[..., Any]:
@@ -59,10 +59,7 @@ def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
     constants: list[torch.Tensor] = []
     for node in gm.graph.find_nodes(op="get_attr"):
         if isinstance(value := getattr(gm, str(node.target)), torch.Tensor):
-            with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
-                formal = gm.graph.placeholder(f"constant_{len(constants)}")
-            formal.meta["val"] = value
-            node.replace_all_uses_with(formal)
+            node.replace_all_uses_with(add_placeholder(gm.graph, f"constant_{len(constants)}", value))
             gm.graph.erase_node(node)
             constants.append(value)
     return constants
