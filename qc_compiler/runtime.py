@@ -122,7 +122,8 @@ class Runtime:
             begins = (old.first, old.second)
             self._lengths[begins] = max(self._lengths.get(begins, 0), old.step + 1)
         for state in old.streams if old is not None else ():
-            state.clear_slots()  # `summary` may keep the old one for long
+            if not any(state is other for other in trajectory.streams):
+                state.clear_slots()  # `summary` may keep the old one for long
         trajectories = self._local.trajectories
         trajectories.pop(key, None)
         trajectories[key] = trajectory
@@ -194,7 +195,7 @@ class GuardedGraph:
             state.clear_slots()
             self.adopt(runtime, [inputs[i] for i in self.parameters])
         if (position.step, position.turn) == (1, 0) and not call.is_given_what(state):
-            for stream in position.trajectory.streams:  # they may be of another run, given up in its first step
+            for stream in position.trajectory.streams:  # they may be of a run that was given up in its first step
                 stream.clear_slots()
         index = position.step
         coordinate = float(index) if timestep is None else timestep
@@ -250,7 +251,7 @@ class GuardedGraph:
 
     def _state(self, position: Position) -> StreamState:
         streams = position.trajectory.streams
-        if not position.is_new and position.turn < len(streams):
+        if position.turn < len(streams):
             return streams[position.turn]
         depth = self.interface.depth
         history: list[deque[Any]] = [deque(maxlen=depth) for _ in self.names]

@@ -2,12 +2,12 @@
 
 A run is followed by its timestep: going on means the next step, the same one again means another stream (guidance),
 turning back means a new trajectory; so does an input that jumped further than one sampler step can take it. A run that
-was given up in its first step, and begun again at the same timestep, is told by what else the model was given.
+was given up in its first step and begun again is known at the second: by what its first call goes on with.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,12 +43,8 @@ class Call:
         return [_fingerprint(tensor) for tensor in self._others]
 
     def is_given_what(self, stream: "StreamState") -> bool:
-        known = stream.given
-        return len(known) == len(self.given) and all(map(_same, self.given, known))
-
-    def repeats(self, stream: "StreamState") -> bool:
-        """Whether this is the stream's last call again."""
-        return _same(self.sample, stream.sample) and self.is_given_what(stream)
+        pairs = zip(self.given, stream.given)
+        return len(self.given) == len(stream.given) and all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
 
 @dataclass
@@ -161,15 +157,23 @@ def locate(now: Trajectory | None, call: Call, num_steps: int | None) -> Positio
     assert now.timestep is not None
     if call.timestep == now.timestep:
         position = Position(now, False, now.step, now.turn + 1)
-        if position.turn >= MAX_STREAMS:
-            return None
-        if now.step == 0:
-            return None if any(call.repeats(stream) for stream in now.streams) else position
-    else:
-        position = Position(now, False, now.step + 1, 0)
-        if now.direction and np.sign(call.timestep - now.timestep) != now.direction:
-            return None
-    return None if _jumped(now, position.turn, call) else position
+        return None if position.turn >= MAX_STREAMS or (now.step and _jumped(now, position.turn, call)) else position
+    if now.direction and np.sign(call.timestep - now.timestep) != now.direction:
+        return None
+    if now.step == 0 and (begun := _begun_at(now, call)):
+        now = replace(now, streams=now.streams[begun:])
+        return Position(now, True, 1, 0)
+    return None if _jumped(now, 0, call) else Position(now, False, now.step + 1, 0)
+
+
+def _begun_at(trajectory: Trajectory, call: Call) -> int:
+    """Returns which of the calls of the first step this one goes on with: those before are of a run that was given up.
+
+    The last that fits, since a run may be begun again with the same noise, label and timestep.
+    """
+    streams = trajectory.streams
+    fits = [i for i, stream in enumerate(streams) if not _jumped(trajectory, i, call) and call.is_given_what(stream)]
+    return fits[-1] if fits else 0
 
 
 def _jumped(trajectory: Trajectory, turn: int, call: Call) -> bool:
@@ -185,10 +189,6 @@ def _jumped(trajectory: Trajectory, turn: int, call: Call) -> bool:
 def _as_float(timestep: Any) -> float:
     """Returns a step's timestep; of a tensor its largest element (some models clamp single tokens to 0)."""
     return float(timestep.detach().max()) if isinstance(timestep, Tensor) else float(timestep)
-
-
-def _same(a: NDArray[np.float32] | None, b: NDArray[np.float32] | None) -> bool:
-    return a is b if a is None or b is None else np.array_equal(a, b, equal_nan=True)
 
 
 def _elements(tensor: Tensor) -> NDArray[np.float32]:
