@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import qc_compiler
@@ -96,7 +97,7 @@ class Comparison:
             yield self.row(scheme, self.compiled(scheme, plan), *bits_of(scheme))
         plan = self._calibrated("importance", bits=5.0)
         yield self._by_plan("importance", plan)
-        yield self._by_plan("as many bits, spread evenly", static_bits(plan))
+        yield self._by_plan("as many bits, spread evenly", static_bits(plan, self.sizes(plan)))
         plan = self._calibrated("dmpq", bits=5.0)
         yield self._by_plan("dmpq", plan)
         yield self._by_plan("as many bits, the same at all steps", static_precision(plan))
@@ -121,8 +122,11 @@ class Comparison:
         assert known is not None
         if known.recipe == "dmpq":
             return "4.50"
-        sizes = np.array([self.model.get_parameter(f"{site}.weight").numel() for site in known.sites])
-        return f"{float(known.bits @ sizes / sizes.sum()):.2f}"
+        return f"{mean_bits(known.bits, self.sizes(plan)):.2f}"
+
+    def sizes(self, plan: Plan) -> NDArray[np.int_]:
+        assert plan.quantization is not None
+        return np.array([self.model.get_parameter(f"{site}.weight").numel() for site in plan.quantization.sites])
 
     def compiled(self, quantize: str, plan: Plan | None) -> Any:
         options = {"cache": "off", "emulate": True, "quantize": quantize} | ({"plan": plan} if plan else {})
@@ -158,13 +162,21 @@ class Comparison:
         return torch.cat([self.classifier.embed(part).mean(dim=1) for part in video.split(100)])
 
 
-def static_bits(plan: Plan) -> Plan:
-    """Returns the plan with as many wide weights as it has, at every n-th linear."""
+def static_bits(plan: Plan, sizes: NDArray[np.int_]) -> Plan:
+    """Returns the plan with eight bits at every n-th linear, n as large as gives no fewer bits in the mean."""
     known = plan.quantization
     assert known is not None
-    wide = np.zeros(len(known.sites), dtype=bool)
-    wide[np.linspace(0, len(wide) - 1, int((known.bits > 4).sum())).round().astype(int)] = True
-    return replace(plan, quantization=replace(known, bits=np.where(wide, 8, 4).astype(np.int8)))
+    bits = known.bits
+    for count in range(len(bits) + 1):
+        bits = np.full(len(sizes), 4, dtype=np.int8)
+        bits[np.linspace(0, len(bits) - 1, count).round().astype(int)] = 8
+        if mean_bits(bits, sizes) >= mean_bits(known.bits, sizes):
+            break
+    return replace(plan, quantization=replace(known, bits=bits))
+
+
+def mean_bits(bits: NDArray[np.int8], sizes: NDArray[np.int_]) -> float:
+    return float(bits @ sizes / sizes.sum())
 
 
 def static_precision(plan: Plan) -> Plan:
