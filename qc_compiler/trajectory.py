@@ -169,11 +169,15 @@ def locate(now: Trajectory | None, call: Call, num_steps: int | None) -> Positio
 def _begun_at(trajectory: Trajectory, call: Call) -> int:
     """Returns which of the calls of the first step this one goes on with: those before are of a run that was given up.
 
-    The last that fits, since a run may be begun again with the same noise, label and timestep.
+    The first call, unless it came again: a run may be begun anew with the same noise, label and timestep. Where this
+    call cannot go on with the first, the last that it can go on with.
     """
     streams = trajectory.streams
     fits = [i for i, stream in enumerate(streams) if not _jumped(trajectory, i, call) and call.is_given_what(stream)]
-    return fits[-1] if fits else 0
+    first = streams[0].sample
+    if 0 in fits and first is not None:
+        fits = [i for i in fits if np.array_equal(streams[i].sample, first)]  # type: ignore[arg-type]
+    return 0 if not fits or first is None else fits[-1]
 
 
 def _jumped(trajectory: Trajectory, turn: int, call: Call) -> bool:

@@ -127,6 +127,16 @@ def test_a_run_given_up_in_its_first_step_leaves_nothing_to_the_same_run_begun_a
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
+def test_a_stream_with_nearly_the_same_input_is_none_that_was_begun_again():
+    """Guidance by what is in the latent, as of a model that edits images: both go on with one step of the other."""
+    driver, found = Driver(**LONG), []
+    for t in (1000, 900):
+        for factor in (1.0, 0.9):
+            found.append(driver(0.95 * factor * noise() if t < 1000 else factor * noise(), t))
+    assert driver.computed() == [True, True, False, False]
+    assert len(driver.runtime.trajectories) == 1
+
+
 def test_a_sampler_step_is_no_jump():
     driver, x = Driver(**LONG), noise()
     driver(x, 1000)
