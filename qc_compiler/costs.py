@@ -12,7 +12,7 @@ FLOPs are torch's: a multiply–add counts two, pointwise ops none.
 """
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Kernel:
         bytes_moved: What it reads and writes.
         shape: Rows, inner and outer size of a product; queries, keys and head width of attention; else empty.
         num_special: Elements that a transcendental function is taken of.
-        is_quantizable: Whether it is a linear that quantization takes.
+        linear: Module path, of a linear that quantization takes; else empty.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Kernel:
     bytes_moved: Expr
     shape: tuple[Expr, ...] = ()
     num_special: Expr = sympy.S.Zero
-    is_quantizable: bool = False
+    linear: str = ""
 
 
 def flops_of(gm: fx.GraphModule) -> float:
@@ -104,12 +104,12 @@ def tensor_bytes(val: Tensor) -> Expr:
     return sympy.prod(sizes) * val.dtype.itemsize
 
 
-def find_kernels(nodes: Sequence[fx.Node], quantizable: Collection[fx.Node] = ()) -> tuple[Kernel, ...]:
+def find_kernels(nodes: Sequence[fx.Node], quantizable: Mapping[fx.Node, str] | None = None) -> tuple[Kernel, ...]:
     """Returns the kernels that compute `nodes` (in the order of their graph), whatever else reads or makes them.
 
     Args:
         nodes: Of one graph.
-        quantizable: Those of the linears among them that quantization takes.
+        quantizable: Those of the linears among them that quantization takes, with their module paths.
     """
     nodes = [node for node in nodes if node.op == "call_function" and not is_symbolic_number(node)]
     roots: dict[fx.Node, fx.Node] = {}  # of each node the one that owns its memory
@@ -119,7 +119,7 @@ def find_kernels(nodes: Sequence[fx.Node], quantizable: Collection[fx.Node] = ()
     owners = [node for node in nodes if roots[node] is node]
     flops = {node: _flops(node) for node in owners}
     groups = _fused(nodes, roots, {node for node in owners if flops[node] != 0})
-    return tuple(_kernel(group, roots, sum(flops[n] for n in group), quantizable) for group in groups)
+    return tuple(_kernel(group, roots, sum(flops[n] for n in group), quantizable or {}) for group in groups)
 
 
 def _is_view(node: fx.Node, arg: fx.Node) -> bool:
@@ -158,7 +158,7 @@ def _fused(nodes: Sequence[fx.Node], roots: dict[fx.Node, fx.Node], dense: set[f
 
 
 def _kernel(
-    group: Sequence[fx.Node], roots: dict[fx.Node, fx.Node], flops: Expr, quantizable: Collection[fx.Node]
+    group: Sequence[fx.Node], roots: dict[fx.Node, fx.Node], flops: Expr, quantizable: Mapping[fx.Node, str]
 ) -> Kernel:
     inside = set(group)
     reads: dict[Any, Tensor] = {}
@@ -178,7 +178,7 @@ def _kernel(
     kind = _kind(last) if flops != 0 else "pointwise"
     shape = _shape(last, flops) if flops != 0 else ()
     dtype = _tensors(last)[0].dtype
-    return Kernel(kind, dtype, flops, num_bytes, shape, sum(special, start=sympy.S.Zero), last in quantizable)
+    return Kernel(kind, dtype, flops, num_bytes, shape, sum(special, start=sympy.S.Zero), quantizable.get(last, ""))
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:

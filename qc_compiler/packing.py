@@ -132,7 +132,7 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
     """
     known, removed = (how.quantization, how.removed) if isinstance(how, Plan) else (None, ())
     module = getattr(model, "_orig_mod", model)
-    if isinstance(how, Plan) and known is None:
+    if isinstance(how, Plan) and not (known and known.sites):
         if not removed:
             raise PlanError("the plan says nothing about linears: calibrate(model, generate, quantize=...)")
         registry.forget_weights(module)

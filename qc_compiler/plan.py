@@ -103,12 +103,6 @@ class Quantization:
         if len(self.amax) not in (0, len(self.sites)) or self.noise.shape[1:] != (len(self.regions),):
             raise PlanError("the plan's ranges or noise do not belong to its linears and regions: calibrate again")
 
-    @classmethod
-    def named(cls, recipe: str) -> "Quantization":
-        """Returns what is known where nothing was measured: the value of the option `quantize`."""
-        none = np.zeros(0, dtype=np.float32)
-        return cls(recipe, (), np.zeros(0, dtype=np.int8), none, none, none)
-
     @property
     def has_outliers(self) -> NDArray[np.bool_]:
         """bool (S,)"""

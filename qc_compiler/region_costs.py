@@ -24,7 +24,7 @@ from .errors import OptionError, nearest
 from .formats import parse_format
 from .formats.schemes import SCHEMES, Scheme
 from .graph import body_calls, body_of, external_inputs, is_parameter, is_tensor, outputs, placeholders, values_of
-from .linears import find_linears
+from .linears import find_linears, name_in
 from .regions import find_sublayers
 
 STATES = ("computed", "reused", "pruned")
@@ -47,7 +47,7 @@ class Variant:
 
     Attributes:
         state: `computed`, `reused` or `pruned`.
-        quantize: Name of the scheme of its linears; None for the model's dtype.
+        quantize: Name of the scheme of its linears, or of some by module path; None for the model's dtype.
         attended: Part of the query–key pairs that its attention computes.
         depth: How many residuals its slot holds; 0 where nothing guards it.
         cache_dtype: How they are stored, as the option.
@@ -57,7 +57,7 @@ class Variant:
     """
 
     state: str = "computed"
-    quantize: str | None = None
+    quantize: str | Mapping[str, str] | None = None
     attended: float = 1.0
     depth: int = 0
     cache_dtype: str = "model"
@@ -65,10 +65,22 @@ class Variant:
     def __post_init__(self) -> None:
         if self.state not in STATES:
             raise OptionError(f"state={self.state!r}: {nearest(self.state, STATES)}")
-        if self.quantize is not None and self.quantize not in SCHEMES:
-            raise OptionError(f"quantize={self.quantize!r}: {nearest(self.quantize, SCHEMES)}")
+        for scheme in self._schemes():
+            if scheme not in SCHEMES:
+                raise OptionError(f"quantize={scheme!r}: {nearest(scheme, SCHEMES)}")
         if self.state == "reused" and self.depth < 1:
             raise OptionError("a region is reused from its slot, which needs a depth of 1 or more")
+
+    def _schemes(self) -> Collection[str]:
+        if isinstance(self.quantize, Mapping):
+            return set(self.quantize.values())
+        return () if self.quantize is None else (self.quantize,)
+
+    def scheme_of(self, kernel: Kernel) -> str | None:
+        """Returns the scheme of a kernel; None where it stays as it is."""
+        if not kernel.linear:
+            return None
+        return self.quantize.get(kernel.linear) if isinstance(self.quantize, Mapping) else self.quantize
 
 
 COMPUTED = Variant()
@@ -101,7 +113,7 @@ class Region:
         return Cost(
             sum((kernel.flops for kernel in kernels), start=_ZERO),
             sum((kernel.bytes_moved for kernel in kernels), start=_ZERO),
-            _ZERO if pruned else self.weight_bytes + self._saved_bytes(variant.quantize),
+            _ZERO if pruned else self.weight_bytes + self._saved_bytes(variant),
             _ZERO if pruned else variant.depth * self._residual_bytes(variant.cache_dtype),
         )
 
@@ -120,12 +132,14 @@ class Region:
             return sum((numel * dtype.itemsize for numel, _, dtype in self.residuals), start=_ZERO)
         return sum((stored_bytes(cache_dtype, n / width, width) for n, width, _ in self.residuals), start=_ZERO)
 
-    def _saved_bytes(self, quantize: str | None) -> Expr:
+    def _saved_bytes(self, variant: Variant) -> Expr:
         """Returns by how many bytes the weights grow, mostly a negative number."""
-        linears = [kernel for kernel in self.kernels if kernel.is_quantizable and quantize]
-        plain = (kernel.shape[1] * kernel.shape[2] * kernel.dtype.itemsize for kernel in linears)
-        packed = (packed_bytes(kernel, SCHEMES[str(quantize)]) for kernel in linears)
-        return sum(packed, start=_ZERO) - sum(plain, start=_ZERO)
+        grown = _ZERO
+        for kernel in self.kernels:
+            if scheme := variant.scheme_of(kernel):
+                plain = kernel.shape[1] * kernel.shape[2] * kernel.dtype.itemsize
+                grown += packed_bytes(kernel, SCHEMES[scheme]) - plain
+        return grown
 
 
 def packed_bytes(kernel: Kernel, scheme: Scheme) -> Expr:
@@ -155,15 +169,16 @@ def _measured_bytes(form: str, num_rows: int, width: int, packed: bool) -> int:
 def _ways(kernel: Kernel, variant: Variant) -> tuple[tuple[Kernel, ...], ...]:
     if kernel.kind == "attention" and variant.attended != 1:
         return ((replace(kernel, flops=kernel.flops * variant.attended),),)
-    if not (variant.quantize and kernel.is_quantizable):
+    name = variant.scheme_of(kernel)
+    if name is None:
         return ((kernel,),)
-    scheme, (rows, inner, outer) = SCHEMES[variant.quantize], kernel.shape
+    scheme, (rows, inner, outer) = SCHEMES[name], kernel.shape
     x, y = (rows * n * kernel.dtype.itemsize for n in (inner, outer))
     codes, product = stored_bytes(scheme.activation, rows, inner), 4 * rows * outer
     moved = codes + packed_bytes(kernel, scheme) + product
     return (kernel,), (
         _pointwise(2 * x + codes),
-        replace(kernel, kind=variant.quantize, bytes_moved=moved),
+        replace(kernel, kind=name, bytes_moved=moved),
         _pointwise(product + y),
     )
 
@@ -183,7 +198,7 @@ def find_regions(gm: fx.GraphModule) -> tuple[Region, tuple[Region, ...]]:
 
 def _block(body: fx.GraphModule, names: Mapping[Expr, Expr]) -> Region:
     bases = body.meta["bases"]
-    linears = [site.node for site in find_linears(body)[0]]
+    linears = {site.node: site.name for site in find_linears(body)[0]}
     formals, nodes = placeholders(body.graph), [node for node in body.graph.nodes if node.op == "call_function"]
     sublayers, _ = find_sublayers(body, bases)
     kinds = [sub.kind for sub in sublayers]
@@ -199,7 +214,7 @@ def _region(
     name: str,
     nodes: Sequence[fx.Node],
     names: Mapping[Expr, Expr],
-    linears: Collection[fx.Node] = (),
+    linears: Mapping[fx.Node, str] | None = None,
     bases: Sequence[fx.Node] = (),
     results: Sequence[fx.Node] = (),
 ) -> Region:
@@ -237,9 +252,13 @@ def together(name: str, regions: Sequence[Region]) -> Region:
     return Region(name, kernels, weight_bytes, regions[-1].base_bytes, regions[-1].residuals)
 
 
-def _named(region: Region, block: str) -> Region:
-    parts = tuple(replace(part, name=f"{block}{part.name}") for part in region.parts)
-    return replace(region, name=block, parts=parts)
+def _named(region: Region, block: str, part: str = "") -> Region:
+    """Returns a region of a body as that of a block which calls it."""
+    kernels = tuple(
+        replace(kernel, linear=name_in(block, kernel.linear)) if kernel.linear else kernel for kernel in region.kernels
+    )
+    parts = tuple(_named(inner, block, inner.name) for inner in region.parts)
+    return replace(region, name=f"{block}{part}", kernels=kernels, parts=parts)
 
 
 def input_sizes(gm: fx.GraphModule) -> dict[str, Any]:

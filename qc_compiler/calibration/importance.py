@@ -51,6 +51,8 @@ class Measurement:
 
     def __init__(self, runner: SiteRunner, pairs: Pairs, progress: bool = False) -> None:
         self.runner, self.pairs, self._progress = runner, pairs, progress
+        self.num_calls = 2 * len(pairs)  # of the model, so far
+        self._scores: dict[Any, dict[str, NDArray[np.float64]]] = {}
         self.sites = runner.sites
         self.weights: dict[str, Tensor] = {}
         self.amax: dict[str, Tensor] = {}
@@ -81,6 +83,7 @@ class Measurement:
             scheme = scheme_of(site)
             return exact(site, x, weight, bias) if scheme is None else self.rounded(site, scheme)(x, bias)
 
+        self.num_calls += 2 * len(self.pairs)
         return [(self.runner.run(now, hook), self.runner.run(later, hook)) for now, later in self.pairs]
 
     def sensitivity(self, scheme: Scheme, terms: Sequence[str] = TERMS) -> dict[str, NDArray[np.float64]]:
@@ -90,7 +93,9 @@ class Measurement:
             scheme: What is done to the linears; each weight takes its width's format.
             terms: The factors of the score: `numerical`, `perceptual`, `temporal`.
         """
-        found = {}
+        if (scheme, terms) in self._scores:
+            return self._scores[scheme, terms]
+        found = self._scores[scheme, terms] = {}
         for site in track(self.sites, "sensitivities", disable=not self._progress, transient=True):
             scores = np.zeros(len(WIDTHS))
             for i, width in enumerate(WIDTHS):
@@ -160,10 +165,9 @@ class Measurement:
         return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def measure(runner: SiteRunner, pairs: Pairs, recipe: str, mean_bits: float, progress: bool = False) -> Quantization:
+def measure(known: Measurement, recipe: str, mean_bits: float) -> Quantization:
     """Returns what calibration can say of the linears, for a value of the option `quantize`."""
     how = recipe_of(recipe)
-    known = Measurement(runner, pairs, progress)
     names = [site.name for site in known.sites]
     bits = _allocation(known, how, mean_bits) if how.allocated else dict.fromkeys(names, 0)
     ratios = np.array([known.ratios[name] for name in names], dtype=np.float32)

@@ -7,7 +7,8 @@
 so that T is least within an error, E is least within a time, or E is least within the bytes of the weights. The parts:
 
     e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log) between
-    e_q, e_δ    of the samples with nothing else changed, each measured by a run
+    e_q, e_δ    of the samples with nothing else changed, each measured by a run; a scheme may give each linear bits of
+                its own (`importance`) or each step (`dmpq`), measured on the recorded trajectory
     e_p         Σ h_b² of the blocks b left out: how far the prediction moves where b alone is left out, on the recorded
                 path, one block a call, in one run; the blocks that cost least error for their time come first
 
@@ -19,6 +20,7 @@ Source: ours. The interactions are those of Q&C (arXiv 2503.02508) and 6Bit-Diff
 is cached counts as often as it is reused, which g measures.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -36,16 +38,27 @@ from torch import Tensor
 
 from ..errors import OptionError, QuantCacheError
 from ..estimate import cost
+from ..formats.schemes import recipe_of
 from ..plan import Plan, Quantization
 from ..region_costs import Variant
 from ..registry import runtime_of
 from .attention import PROBES, calibrate_heads, open_heads, step_weights
+from .importance import Measurement, measure
 from .journal import Journal
 from .recording import COMPUTE_ALL, Recording, first_call, flat, run_steered
 from .removal import OneBlockLess
+from .samples import Calls
 from .schedule import DEPTH, Schedules, ScheduleSearch
+from .sites import SiteRunner
 
 SCHEMES = ("w8a8", "fp8", "nvfp4", "w4a8")
+RECIPES = {  # the scheme of the narrowest linears, and mean bits to try
+    **{scheme: (scheme, (0.0,)) for scheme in SCHEMES},
+    "dmpq": ("nvfp4", (6.0,)),
+    "importance": ("w4a8", (4.5, 5.0, 6.0)),
+}
+SAMPLES = 8  # that the linears are measured on
+OF_BITS = {4: "w4a8", 8: "w8a8"}  # of a linear, by the bits of its weight
 DELTAS = (0.05, 0.2)  # of the heads
 WORTH = 0.03  # part of a step's time that a lever must be able to save
 SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
@@ -81,7 +94,7 @@ class Choice:
 
     Attributes:
         calls: How many of the model's calls are computed, of all streams.
-        quantize: The scheme of the linears, or None.
+        quantize: Which of `Levers.quantizations` the linears have, or None.
         delta: The budget of the heads, or None.
         pruned: Names of blocks.
     """
@@ -101,6 +114,7 @@ class Levers:
     """What was measured of each lever alone: squared relative errors, and seconds of a computed call."""
 
     schemes: dict[str | None, float] = field(default_factory=lambda: {None: 0.0})
+    quantizations: dict[str, Quantization] = field(default_factory=dict, compare=False)
     deltas: dict[float | None, float] = field(default_factory=lambda: {None: 0.0})
     attended: dict[float | None, float] = field(default_factory=lambda: {None: 1.0})
     prunable: list[tuple[str, float]] = field(default_factory=list)  # in the order in which blocks are left out
@@ -186,13 +200,29 @@ class JointPlanner:
                 self.levers.fast.add(scheme)
             else:
                 self.levers.reasons.append(f"{scheme}: it saves {max(gain, 0):.0%} of a step on this device")
-            if gain >= WORTH or needs_memory:
-                self.levers.schemes[scheme] = self._journal.get(scheme, lambda: self._alone(scheme))  # noqa: B023
+        for recipe, (narrowest, all_bits) in RECIPES.items():
+            for bits in all_bits if needs_memory or narrowest in self.levers.fast else ():
+                scheme = f"{recipe} with {bits} bits" if len(all_bits) > 1 else recipe
+                if narrowest in self.levers.fast:
+                    self.levers.fast.add(scheme)
+                plan = self._journal.plan(scheme, lambda: self._quantized(scheme, recipe, bits))  # noqa: B023
+                self.levers.schemes[scheme] = plan.measured["error"] ** 2
+                assert plan.quantization is not None
+                self.levers.quantizations[scheme] = plan.quantization
 
-    def _alone(self, scheme: str) -> float:
-        """Returns the squared error of a scheme with everything computed."""
-        compiled = self._compiled(quantize=scheme, emulate=scheme not in self.levers.fast)
-        return self._error(self._samples(f"{scheme} alone", compiled)) ** 2
+    def _quantized(self, scheme: str, recipe: str, bits: float) -> Plan:
+        """Returns a plan that quantizes and does nothing else, with its error."""
+        before = self._linears.num_calls
+        plan = replace(Plan.without_schedule(""), quantization=measure(self._linears, recipe, bits))
+        self._spend((self._linears.num_calls - before) / self.num_calls, f"the linears in {scheme}")
+        compiled = self._compiled(plan=plan, emulate=scheme not in self.levers.fast)
+        return replace(plan, measured={"error": self._error(self._samples(f"{scheme} alone", compiled))})
+
+    @functools.cached_property
+    def _linears(self) -> Measurement:
+        compiled, calls = self._compiled(), Calls()
+        self._run("the inputs of the linears", compiled, calls)
+        return Measurement(SiteRunner(runtime_of(compiled).shared), calls.pairs("tap", SAMPLES))
 
     def _measure_heads(self) -> None:
         plain = self.estimate.step_seconds()
@@ -268,10 +298,19 @@ class JointPlanner:
         """Returns the predicted time of a computed call."""
         compression = replace(choice, calls=0)
         if compression not in self._seconds:
-            variant = Variant(quantize=choice.quantize, attended=self.levers.attended[choice.delta])
+            variant = Variant(quantize=self._formats(choice), attended=self.levers.attended[choice.delta])
             pruned = {name: Variant("pruned") for name in choice.pruned}
             self._seconds[compression] = self.estimate.step_seconds(pruned, variant)
         return self._seconds[compression]
+
+    def _formats(self, choice: Choice) -> str | dict[str, str] | None:
+        """Returns the formats of the linears, as `Variant` takes them."""
+        if choice.quantize is None:
+            return None
+        known = self.levers.quantizations[choice.quantize]
+        if not recipe_of(known.recipe).allocated:
+            return RECIPES[known.recipe][0]
+        return {site: OF_BITS[bits] for site, bits in zip(known.sites, known.bits.tolist()) if bits in OF_BITS}
 
     def _choose(self, target: Target) -> Choice:
         """Returns the best of all choices, as predicted: they are few enough to look at each."""
@@ -300,10 +339,10 @@ class JointPlanner:
         return min(fine, key=lambda c: predicted[c][0])
 
     def _weight_bytes(self, choice: Choice) -> float:
-        total = float(self.estimate.cost("outside").weight_bytes)
+        total, formats = float(self.estimate.cost("outside").weight_bytes), self._formats(choice)
         for block in self.estimate.blocks:
             state = "pruned" if block.name in choice.pruned else "computed"
-            total += float(block.cost(Variant(state, quantize=choice.quantize)).weight_bytes)
+            total += float(block.cost(Variant(state, quantize=formats)).weight_bytes)
         return total
 
     # -- what is built
@@ -344,7 +383,7 @@ class JointPlanner:
         plan = Plan.without_schedule(self.fingerprint, pruned=choice.pruned)
         if choice.delta is not None:
             plan = self._with_heads(self._scheduled(choice, plan), choice.delta)
-        plan = replace(plan, quantization=Quantization.named(choice.quantize) if choice.quantize else None)
+        plan = replace(plan, quantization=self.levers.quantizations.get(choice.quantize or ""))
         plan = self._scheduled(choice, plan)
         emulate = self._is_emulated(choice)
         options: dict[str, Any] = {"strict": True, "plan": plan} | ({} if plan.has_schedule else {"cache": "off"})
@@ -423,6 +462,9 @@ class JointPlanner:
     # -- runs
 
     def _compiled(self, **options: Any) -> Any:
+        plan = options.get("plan")
+        if plan and plan.quantization and recipe_of(plan.quantization.recipe).rule:  # which reads statistics of blocks
+            options["level"] = "output+block"
         return torch.compile(
             self.module, backend=self.backend, options=COMPUTE_ALL | {"cache_order": DEPTH - 1} | options
         )

@@ -20,7 +20,7 @@ from ..options import check_bits
 from ..plan import TOKEN_ORDERS, Plan
 from ..registry import runtime_of
 from .attention import WINDOWS, calibrate_heads
-from .importance import measure
+from .importance import Measurement, measure
 from .joint import JointPlanner, parse_target
 from .recording import COMPUTE_ALL, Recording, run_steered
 from .samples import Calls
@@ -142,7 +142,7 @@ def calibrate(
         if not runner.sites:
             raise QuantCacheError(f"no linear of this {type(module).__name__} can be quantized: quantize=None")
         pairs = calls.pairs(selection, samples)
-        plan = replace(plan, quantization=measure(runner, pairs, quantize, bits, progress))
+        plan = replace(plan, quantization=measure(Measurement(runner, pairs, progress), quantize, bits))
     if compensate:
         recording = Recording()
         run_steered(torch.compile(module, backend=backend, options=COMPUTE_ALL), generate, recording)

@@ -61,11 +61,11 @@ def test_the_linear_that_matters_most_has_the_largest_score(setting):
 
 def test_it_gets_the_most_bits(setting):
     """It holds an eighth of the weights, so 4.5 bits pay for eight bits there and four elsewhere."""
-    known = measure(setting.runner, setting.pairs, "importance", 4.5)
+    known = measure(setting, "importance", 4.5)
     bits = dict(zip(known.sites, known.bits.tolist()))
     assert bits.pop("blocks.1.mlp.2") == 8
     assert set(bits.values()) == {4}
-    richer = measure(setting.runner, setting.pairs, "importance", 6.0)
+    richer = measure(setting, "importance", 6.0)
     sizes = np.array([setting.weights[name].numel() for name in known.sites])
     assert 4.5 * sizes.sum() < richer.bits @ sizes <= 6.0 * sizes.sum()
 
@@ -109,7 +109,7 @@ def test_a_line_through_one_value_of_x_is_flat():
 
 
 def test_the_prediction_is_fitted_to_the_errors_of_the_next_step(setting):
-    known = measure(setting.runner, setting.pairs, "dmpq", 6.0)
+    known = measure(setting, "dmpq", 6.0)
     later = torch.cat([true.output for _, true in setting.exact]).flatten(1).norm(dim=1)
     gammas, predicted, errors = setting.gammas(), [], {}
     for site, alpha, beta in zip(setting.sites, known.alpha, known.beta):
@@ -128,7 +128,7 @@ def test_the_prediction_is_fitted_to_the_errors_of_the_next_step(setting):
 
 @pytest.mark.parametrize(("mean_bits", "share"), [(8.0, 0.0), (4.0, 1.0)])
 def test_the_threshold_follows_the_bits(setting, mean_bits, share):
-    known = measure(setting.runner, setting.pairs, "dmpq", mean_bits)
+    known = measure(setting, "dmpq", mean_bits)
     gammas = setting.gammas()
     predicted = np.stack([a * gammas[s.block] + b for s, a, b in zip(setting.sites, known.alpha, known.beta)])
     assert np.mean(predicted <= known.threshold + 1e-6) == pytest.approx(share, abs=0.05)
@@ -156,7 +156,7 @@ class Folded(TinyDiT):
 
 def test_blocks_that_fold_frames_into_their_batch(states):
     runner, pairs = measured(Folded(2).eval().requires_grad_(False), states)
-    known = measure(runner, pairs, "dmpq", 5.0)
+    known = measure(Measurement(runner, pairs), "dmpq", 5.0)
     gammas = Measurement(runner, pairs).gammas()
     assert {name: values.shape for name, values in gammas.items()} == dict.fromkeys(gammas, (4,))
     assert len(known.sites) == 8
@@ -185,7 +185,7 @@ def test_outliers_are_found_and_get_a_third_precision(states):
     with torch.no_grad():  # one channel of an MLP's hidden layer
         model.blocks[0].mlp[0].bias[5] = 300.0
     runner, pairs = measured(model, states)
-    known = measure(runner, pairs, "dmpq", 5.0)
+    known = measure(Measurement(runner, pairs), "dmpq", 5.0)
     ratios = dict(zip(known.sites, known.ratios.tolist()))
     assert [name for name, ratio in ratios.items() if ratio > OUTLIER_RATIO] == ["blocks.0.mlp.2"]
     assert len(known.noise) == 3
@@ -195,14 +195,14 @@ def test_outliers_are_found_and_get_a_third_precision(states):
 
 
 def test_without_outliers_there_are_two(setting):
-    assert len(measure(setting.runner, setting.pairs, "dmpq", 5.0).noise) == 2
+    assert len(measure(setting, "dmpq", 5.0).noise) == 2
 
 
 def test_ranges_are_kept_where_balancing_needs_them(setting):
-    known = measure(setting.runner, setting.pairs, "w4a8+balance", 5.0)
+    known = measure(setting, "w4a8+balance", 5.0)
     assert [len(amax) for amax in known.amax] == [setting.weights[name].shape[1] for name in known.sites]
     assert all(np.array_equal(a, setting.amax[name].numpy()) for a, name in zip(known.amax, known.sites))
-    assert measure(setting.runner, setting.pairs, "w4a8", 5.0).amax == ()
+    assert measure(setting, "w4a8", 5.0).amax == ()
 
 
 # -- the noise floor

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from dataclasses import replace
@@ -140,6 +141,22 @@ def test_memory_is_met_by_the_scheme_with_the_least_error(model, planned):
     )
     with pytest.raises(OptionError, match=r"target memory=10 bytes: the least is \d+"):
         planner._choose(Target("memory", 10.0))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "importance with 5.0 bits", "dmpq"])
+def test_weights_are_as_small_as_was_predicted(scheme, model, planned):
+    planner, packed = planned[0], copy.deepcopy(model)
+    qc_compiler.pack_(packed, Plan.without_schedule("", quantization=planner.levers.quantizations[scheme]))
+    for block, plain in zip(packed.blocks, model.blocks):
+        block.modulation = plain.modulation  # which is packed, too, but of no linear that is quantized
+    expected = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers()))
+    assert planner._weight_bytes(Choice(planner.num_calls, scheme)) == expected
+
+
+def test_bits_where_they_matter_cost_less_error(planned):
+    errors = planned[0].levers.schemes
+    assert errors["importance with 6.0 bits"] < errors["importance with 4.5 bits"] <= 1.05 * errors["w4a8"]
+    assert errors["dmpq"] < errors["nvfp4"]
 
 
 def test_what_saves_nothing_here_is_left_out_with_a_reason(planned):
