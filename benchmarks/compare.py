@@ -28,6 +28,7 @@ from torch._inductor.utils import fresh_cache
 import peers
 import qc_compiler
 from harness import RESULTS, header, in_turns, remembered, remembered_plan, table, write
+from joint import joint_plan
 from memory import peak, resident
 from qc_compiler.plan import Plan
 from subjects import SUBJECTS, Judge, Subject
@@ -88,7 +89,7 @@ class Comparison:
 
     def __init__(self, name: str) -> None:
         self.subject: Subject = SUBJECTS[name]
-        self.page = f"compare_{name}"
+        self.name, self.page = name, f"compare_{name}"
         self.model: Any = self.subject.load().requires_grad_(False)
         self.inductor = torch.compile(self.model)
         self.judge = Judge(self.subject, self.subject.generate(self.inductor, self.subject.samples))
@@ -109,9 +110,10 @@ class Comparison:
         for preset in ("high", "balanced", "fast"):
             yield Method("ours", f"preset, {preset}", lambda model, preset=preset: quantcache(model, preset=preset))
         for share in SHARES:
-            yield Method("ours", f"schedule, {share}", lambda model, share=share: self.planned(model, share))
+            yield Method("ours", f"schedule, {share}", lambda model, share=share: self.scheduled(model, share))
         yield Method("ours", "W8A8, alone", lambda model: quantcache(model, cache="off", quantize="w8a8"))
-        yield Method("ours", "schedule and W8A8, 0.2", lambda model: self.planned(model, 0.2, quantize="w8a8"))
+        for target in ("psnr=40", "psnr=35", "psnr=30", "speedup=6.72"):
+            yield Method("ours", f"joint plan, {target}", lambda model, target=target: self.planned(model, target))
         yield Method("ours", "schedule on 20 UniPC steps, 0.5", self.on_unipc, 20, "UniPC")
 
     def peers(self) -> Iterator[Method]:
@@ -141,15 +143,15 @@ class Comparison:
             lambda model: peers.cache_dit(peers.torchao_int8_dynamic(model), steps, 0.15, 1),
         )  # fmt: skip
 
-    def planned(self, model: Any, share: float, **options: Any) -> Any:
-        return quantcache(model, plan=self.schedule(model, share), **options)
+    def planned(self, model: Any, target: str) -> Any:
+        return quantcache(model, plan=joint_plan(self.name, model, target))
 
-    def schedule(self, model: Any, share: float) -> Plan:
+    def scheduled(self, model: Any, share: float) -> Any:
         def run() -> Plan:
             samples = self.subject.calibration_samples
             return qc_compiler.calibrate(model, samples, share=share, level="output", progress=False)
 
-        return remembered_plan(self.page, f"schedule_{share}", run)
+        return quantcache(model, plan=remembered_plan(self.page, f"schedule_{share}", run))
 
     def on_unipc(self, model: Any) -> Any:
         def samples(compiled: Any) -> torch.Tensor:
@@ -263,7 +265,7 @@ def draw(rows: list[tuple[str, ...]], name: str) -> None:
         if decibels not in ("", "inf") and what != "eager":
             methods.setdefault(what.rpartition(",")[0] or what, []).append((float(ratio), float(decibels)))
     for number, (method, points) in enumerate(methods.items()):
-        ours = method in ("preset", "schedule", "schedule and W8A8", "W8A8", "schedule on 20 UniPC steps")
+        ours = method in ("preset", "schedule", "joint plan", "W8A8", "schedule on 20 UniPC steps")
         style: dict[str, Any] = {"color": "black", "linewidth": 2} if ours else {"linewidth": 1}
         marker = "os^vD<>PX*hpd8"[number % 14]
         panel.plot(*zip(*sorted(points)), marker=marker, markersize=5, label=method, **style)

@@ -17,6 +17,7 @@ from qc_compiler.plan import Plan
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 RESULTS = Path(__file__).parent / "results"
+PLANS = Path(__file__).parent / "plans"
 INTERRUPTED = Path("out", "benchmarks")
 
 
@@ -73,7 +74,7 @@ def write(name: str, text: str) -> None:
 def remembered(page: str, row: str, measure: Callable[[], Sequence[str]]) -> Sequence[str]:
     """Returns a row that was measured for this page before, or measures it: hours of an interrupted run are not lost.
 
-    Rows and plans lie in `out/benchmarks`; delete the page's files there to measure anew.
+    Rows lie in `out/benchmarks`; delete the page's file there to measure anew.
     """
     path = INTERRUPTED / f"{page}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -86,8 +87,12 @@ def remembered(page: str, row: str, measure: Callable[[], Sequence[str]]) -> Seq
 
 
 def remembered_plan(page: str, name: str, calibrate: Callable[[], Plan]) -> Plan:
-    """Returns a plan that was calibrated for this page before, or calibrates it."""
-    path = INTERRUPTED / f"{page}_{name}.safetensors"
+    """Returns a plan that was calibrated for this page before, or calibrates it.
+
+    Plans lie in `benchmarks/plans` and are committed: what a page measured can be run again. Delete one to have it
+    calibrated anew.
+    """
+    path = PLANS / f"{page}_{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate().save(path)

@@ -9,7 +9,6 @@ samples of the calibration. Re-timed plans are for 30 steps, and are compared wi
 """
 
 import argparse
-import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import qc_compiler
-from harness import RESULTS, header, in_turns, remembered, remembered_plan, table, write
+from harness import INTERRUPTED, RESULTS, header, in_turns, remembered, remembered_plan, table, write
 from sampling import DATA_RANGE, shift_times
 from subjects import SUBJECTS, Judge, Subject
 
@@ -56,15 +55,37 @@ def main() -> None:
         f"\n{how.batch} samples, {how.steps} steps, guidance {how.guidance}; calibrated on other seeds and labels.\n\n"
     )
     text += f"{table(HEADINGS, rows)}\n![frontier](joint_{args.model}.png)\n"
-    draw(rows, [comparison.plan(target) for target in TARGETS], args.model)
+    draw(rows, [joint_plan(args.model, comparison.model, target) for target in TARGETS], args.model)
     write(f"joint_{args.model}.md", text)
+
+
+def joint_plan(name: str, model: Any, target: str) -> qc_compiler.Plan:
+    """Returns the plan of a target; those of all targets are calibrated at once and share their measurements."""
+    page = f"joint_{name}"
+
+    def calibrate() -> qc_compiler.Plan:
+        found = qc_compiler.calibrate(
+            model,
+            SUBJECTS[name].calibration_samples,
+            target=TARGETS,
+            data_range=DATA_RANGE,
+            max_generations=SUBJECTS[name].max_generations,
+            resume=INTERRUPTED / f"{page}.calibration",
+            progress=False,
+        )
+        plans = dict(zip(TARGETS, found))
+        for other, plan in plans.items():
+            remembered_plan(page, other, lambda plan=plan: plan)  # type: ignore[misc]
+        return plans[target]
+
+    return remembered_plan(page, target, calibrate)
 
 
 class Comparison:
     """A model, its full computation, and compiled Inductor to be timed against."""
 
     def __init__(self, name: str) -> None:
-        self.page = f"joint_{name}"
+        self.name, self.page = name, f"joint_{name}"
         self.subject: Subject = SUBJECTS[name]
         self.model: Any = self.subject.load().requires_grad_(False)
         self.inductor = torch.compile(self.model)
@@ -73,7 +94,7 @@ class Comparison:
     def rows(self) -> Iterator[tuple[str, ...]]:
         yield self.row("Inductor", lambda: self.inductor)
         for target in TARGETS:
-            found = self.plan(target)
+            found = joint_plan(self.name, self.model, target)
             yield self.row(f"joint, {target}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
             yield remembered(self.page, f"re-timed, {target}", lambda t=target, found=found: self.retimed(t, found))  # type: ignore[misc]
         for share in SHARES:
@@ -89,23 +110,6 @@ class Comparison:
                 yield self.row(f"{rule}, {knob} {value}", lambda named=named: self.compiled(**named))  # type: ignore[misc]
         for steps in (5, 7, 10, 13, 17, 25):
             yield remembered(self.page, f"UniPC, {steps} steps", lambda steps=steps: self.fewer(steps))  # type: ignore[misc]
-
-    def plan(self, target: str) -> qc_compiler.Plan:
-        return remembered_plan(self.page, target, lambda: self.plans[target])
-
-    @functools.cached_property
-    def plans(self) -> dict[str, qc_compiler.Plan]:
-        """The plans of all targets, which share their measurements."""
-        found = qc_compiler.calibrate(
-            self.model,
-            self.subject.calibration_samples,
-            target=TARGETS,
-            data_range=DATA_RANGE,
-            max_generations=self.subject.max_generations,
-            resume=f"out/benchmarks/{self.page}.calibration",
-            progress=False,
-        )
-        return dict(zip(TARGETS, found))
 
     def schedule(self, share: float) -> qc_compiler.Plan:
         return qc_compiler.calibrate(

@@ -221,7 +221,7 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
+    return graph.find_nodes(op="placeholder")
 
 
 def add_placeholder(graph: fx.Graph, name: str, val: Any = None) -> fx.Node:

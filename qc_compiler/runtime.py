@@ -237,7 +237,7 @@ class GuardedGraph:
     def _call(self, inputs: Sequence[Any]) -> Call:
         timestep = None if self.clock is None else inputs[self.clock]
         latent = None if self.latent is None else inputs[self.latent]
-        others = [value for i, value in enumerate(inputs) if i not in self._known and isinstance(value, Tensor)]
+        others = (value for i, value in enumerate(inputs) if i not in self._known and isinstance(value, Tensor))
         return Call(timestep, latent, others)
 
     def _locate(self, key: Any, call: Call) -> Position:

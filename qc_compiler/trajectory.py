@@ -6,7 +6,7 @@ was given up in its first step and begun again is known at the second: by what i
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ class Call:
             each is a copy from the device.
     """
 
-    def __init__(self, timestep: Any, latent: Tensor | None, others: Sequence[Tensor]) -> None:
+    def __init__(self, timestep: Any, latent: Tensor | None, others: Iterable[Tensor]) -> None:
         self.timestep = None if timestep is None else _as_float(timestep)
         self.sample = None if latent is None else _elements(latent)
         self._others = others

@@ -25,7 +25,6 @@ import inspect
 import itertools
 import math
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..device_profile import clock
 from ..errors import OptionError, QuantCacheError
 from ..estimate import cost
 from ..formats.schemes import recipe_of
@@ -172,6 +172,7 @@ class JointPlanner:
 
     def _measure(self, needs_memory: bool) -> None:
         args, kwargs = first_call(self.module, self.generate)
+        self._now = clock(next(self.module.parameters()).device)
         self.recording, compiled = Recording(), self._compiled()
         self.reference = self._run("recording", compiled, self.recording)
         self.num_calls = self.recording.num_steps * len(self.recording.outputs)
@@ -179,6 +180,7 @@ class JointPlanner:
         runtime_of(compiled).configure(interval=10**6)
         rest_seconds = self._timed(compiled, share=1 / self.recording.num_steps)
         runtime_of(compiled).configure(interval=1)
+        self._full = compiled
         num_first = len(self.recording.outputs)
         host = max(0.0, (rest_seconds - full_seconds * num_first / self.num_calls) / (self.num_calls - num_first))
         self.full_seconds = full_seconds
@@ -390,8 +392,8 @@ class JointPlanner:
         compiled = torch.compile(self.module, backend=self.backend, options=options | {"emulate": emulate})
         share = choice.calls / self.num_calls
         error = self._error(self._samples("checking the plan", compiled, share))
-        seconds = self._timed(compiled, share)
-        measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": self.full_seconds / seconds}
+        speedup = self._timed(self._full, runs=1) / self._timed(compiled, share)
+        measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": speedup}
         predicted = self._predict(choice)
         measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}
         measured["generations"] = self.generations
@@ -478,15 +480,15 @@ class JointPlanner:
         self._spend(share, what)
         return flat(self.generate(compiled))
 
-    def _timed(self, compiled: Any, share: float = 1.0) -> float:
-        """Returns the seconds of the second of two runs: the first may compile."""
-        seconds = math.inf
-        for _ in range(2):
-            start = time.perf_counter()
-            self.generate(compiled)
-            seconds = min(seconds, time.perf_counter() - start)
+    def _timed(self, compiled: Any, share: float = 1.0, runs: int = 2) -> float:
+        """Returns the seconds of the fastest run; the first of two may compile."""
+        taken = []
+        for _ in range(runs):
+            start = self._now()
+            flat(self.generate(compiled))  # on the host, so that the device has finished
+            taken.append(self._now() - start)
             self._spend(share, "timing")
-        return seconds
+        return min(taken)
 
     def _spend(self, share: float, what: str) -> None:
         self.generations += share

@@ -93,13 +93,17 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """Returns the CPU's model; `platform.processor` is empty on most Linux systems, or just says x86_64."""
+    """Returns the CPU's model and what its kernels are made for: machines of one name may differ in that.
+
+    `platform.processor` is empty on most Linux systems, or just says x86_64.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "") or platform.processor() or platform.machine()
+    model = next(models, "") or platform.processor() or platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}{' VNNI' if torch.cpu._is_vnni_supported() else ''}"
 
 
 def cache_path(name: str) -> Path:

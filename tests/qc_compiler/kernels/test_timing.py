@@ -69,23 +69,31 @@ def test_the_fastest_of_several_is_measured_one_alone_is_not(monkeypatch):
     assert measured == [slow, fast]
 
 
-def test_the_name_of_the_cpu_is_its_model(monkeypatch):
+@pytest.fixture
+def avx2(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+
+
+def test_the_name_of_the_cpu_is_its_model_and_what_it_can(monkeypatch, avx2):
     monkeypatch.setattr(Path, "read_text", lambda _: "processor\t: 0\nmodel name\t: Some CPU: 3 GHz\n")
-    assert timing.cpu_name() == "Some CPU: 3 GHz"
+    assert timing.cpu_name() == "Some CPU: 3 GHz, AVX2"
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert timing.cpu_name() == "Some CPU: 3 GHz, AVX2 VNNI"
 
 
 @pytest.mark.parametrize("text", ["", "model name\t:\n"])
-def test_a_system_that_does_not_name_its_cpu(monkeypatch, text):
+def test_a_system_that_does_not_name_its_cpu(monkeypatch, avx2, text):
     monkeypatch.setattr(Path, "read_text", lambda _: text)
     monkeypatch.setattr("platform.processor", lambda: "")
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    assert timing.cpu_name() == "riscv64"
+    assert timing.cpu_name() == "riscv64, AVX2"
 
 
-def test_a_system_that_says_nothing(monkeypatch):
+def test_a_system_that_says_nothing(monkeypatch, avx2):
     monkeypatch.setattr("qc_compiler.kernels.timing.Path", lambda _: Path("/nowhere"))
     monkeypatch.setattr("platform.processor", lambda: "Some CPU")
-    assert timing.cpu_name() == "Some CPU"
+    assert timing.cpu_name() == "Some CPU, AVX2"
 
 
 def test_the_faster_one_wins(monkeypatch):
