@@ -27,7 +27,7 @@ from torch._inductor.utils import fresh_cache
 
 import peers
 import qc_compiler
-from harness import RESULTS, header, in_turns, remembered, remembered_plan, table, write
+from harness import RESULTS, computed_share, header, in_turns, remembered, remembered_plan, table, write
 from joint import joint_plan
 from memory import peak, resident
 from qc_compiler.plan import Plan
@@ -242,13 +242,6 @@ def reset_peak() -> None:
     """Lets the kernel count this process's peak memory anew."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def computed_share(model: Any) -> float | None:
-    try:
-        return qc_compiler.summary(model).computed_share
-    except qc_compiler.QuantCacheError:
-        return None
 
 
 def module_of(model: Any) -> torch.nn.Module:

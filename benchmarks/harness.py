@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import qc_compiler
 from qc_compiler.kernels.timing import cpu_name
 from qc_compiler.plan import Plan
 
@@ -62,6 +64,14 @@ def side_by_side(plain: Sequence[float], ours: Sequence[float]) -> tuple[str, st
         for taken in (plain, ours)
     ]
     return cells[0], cells[1], f"{statistics.median(plain) / statistics.median(ours):.2f}×"
+
+
+def computed_share(model: Any) -> float | None:
+    """Returns the part of the block computations that a compiled model made; None where nothing could be reused."""
+    try:
+        return qc_compiler.summary(model).computed_share
+    except qc_compiler.QuantCacheError:
+        return None
 
 
 def write(name: str, text: str) -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import qc_compiler
-from harness import INTERRUPTED, RESULTS, header, in_turns, remembered, remembered_plan, table, write
+from harness import INTERRUPTED, RESULTS, computed_share, header, in_turns, remembered, remembered_plan, table, write
 from sampling import DATA_RANGE, shift_times
 from subjects import SUBJECTS, Judge, Subject
 
@@ -125,10 +125,11 @@ class Comparison:
     def measure(self, name: str, compiled: Any, plan: qc_compiler.Plan | None) -> tuple[str, ...]:
         quality = self.judge(self.subject.generate(compiled))
         planned = f"{plan.measured['psnr']:.1f}" if plan else ""
-        share = "100%" if compiled is self.inductor else f"{qc_compiler.summary(compiled).computed_share:.1%}"
+        share = computed_share(compiled)
         ratio = f"{self.ratio(lambda: self.subject.generate(compiled)):.2f}"
         reason = plan.reasons[0] if plan else ""
-        return name, f"{quality.psnr:.1f}", planned, f"{quality.recognized:.1%}", ratio, share, reason
+        return (name, f"{quality.psnr:.1f}", planned, f"{quality.recognized:.1%}", ratio,
+                f"{1 if share is None else share:.1%}", reason)  # fmt: skip
 
     def retimed(self, target: str, plan: qc_compiler.Plan) -> tuple[str, ...]:
         """Returns the row of a plan for the subject's steps that runs `RETIMED`."""

@@ -27,9 +27,8 @@ from torch import Tensor
 
 import harness  # noqa: F401 (puts the examples on the path)
 import qc_compiler
-from compare import computed_share
 from dit import DiT, DiTConfig
-from harness import header, in_turns, remembered, remembered_plan, table, write
+from harness import computed_share, header, in_turns, remembered, remembered_plan, table, write
 from mmdit import MMDiT, MMDiTConfig
 from qc_compiler.plan import HeadPlan, Plan
 from sampling import sample

@@ -19,8 +19,8 @@ PRUNES = ("srap",)
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"cache": "off"},
     "high": {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": 0.003, "max_skip": 3},
-    "balanced": {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": 0.01, "max_skip": 3},
-    "fast": {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": 0.015, "max_skip": 6},
+    "balanced": {"cache": "hlc", "level": "output", "cache_order": 1, "threshold": 0.01, "max_skip": 3},
+    "fast": {"cache": "hlc", "level": "output", "cache_order": 1, "threshold": 0.015, "max_skip": 6},
 }
 
 

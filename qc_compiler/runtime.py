@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -301,17 +301,21 @@ class GuardedGraph:
         if self.output_region is not None and not compute[self.output_region]:
             compute[:] = False  # nothing runs at all
         if options.prune is not None and pilot is None and compute.any():
-            pruned = compute & self._redundant(state, position)
+            pruned = compute & self._redundant(state, position, coordinate)
             compute = _agree(compute & ~pruned, options.process_group)
             weights = np.where(pruned[:, None], 0, weights)
         return compute, weights, across
 
-    def _redundant(self, state: StreamState, position: Position) -> NDArray[np.bool_]:
+    def _history(self, state: StreamState, position: Position, coordinate: float) -> History:
+        """Returns what a rule sees of a stream that has made a step."""
+        steps, before = [step.resolve() for step in state.steps], state.steps[-1].timestep
+        return History(steps, position.step, position.trajectory.num_steps, self.names, (before, coordinate))
+
+    def _redundant(self, state: StreamState, position: Position, coordinate: float) -> NDArray[np.bool_]:
         """Returns bool (R,): which regions the rule for pruning leaves out; none whose slot is to be filled."""
         if not state.steps:
             return np.zeros(len(self.names), dtype=np.bool_)
-        steps = [step.resolve() for step in state.steps]
-        history = History(steps, position.step, position.trajectory.num_steps, self.names)
+        history = self._history(state, position, coordinate)
         filled = np.array([bool(slots) for slots in state.history])
         return pruning_rule(self.runtime.options).decide(history) & self._prunable & filled
 
@@ -339,12 +343,13 @@ class GuardedGraph:
     def _by_rule(
         self, rule: Controller, state: StreamState, position: Position, coordinate: float
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32], None]:
-        steps = _carried([step.resolve() for step in state.steps])
-        if self.runtime.options.level.endswith("group"):
-            steps = [_tied(step, self._groups) for step in steps]
         compute = np.ones(len(self.names), dtype=np.bool_)
-        if steps:
-            compute = rule.decide(History(steps, position.step, position.trajectory.num_steps, self.names))
+        if state.steps:
+            history = self._history(state, position, coordinate)
+            steps = _carried(history.steps)
+            if self.runtime.options.level.endswith("group"):
+                steps = [_tied(step, self._groups) for step in steps]
+            compute = rule.decide(replace(history, steps=steps))
         compute |= [not slots for slots in state.history]
         if "probe" in self.names:
             compute[self.names.index("probe")] = True
@@ -358,8 +363,7 @@ class GuardedGraph:
         """Returns int (S,), which of its precisions each site takes; None where there is no choice."""
         if not self.interface.sites:
             return None
-        steps = [step.resolve() for step in state.steps]
-        history = History(steps, position.step, position.trajectory.num_steps, self.names) if steps else None
+        history = self._history(state, position, coordinate) if state.steps else None
         options = self.runtime.options
         if self._rule is None or self._rule[0] is not options:
             self._rule = options, precision_rule(options, self.interface.sites)

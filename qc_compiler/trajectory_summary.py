@@ -161,12 +161,13 @@ def computed_share(regions: Sequence[RegionSpec], computed: Sequence[NDArray[np.
 def summarize(model: Any) -> Summary:
     """
     Raises:
-        QuantCacheError: the model has not run under quantcache yet.
+        QuantCacheError: the model has not run under quantcache yet, or nothing of it is guarded.
     """
     runtime = runtime_of(model)
     interface = runtime.interface
     if interface is None:
-        raise QuantCacheError("nothing is cached for this model: " + ("; ".join(runtime.notes) or "it has not run yet"))
+        why = "it has not run yet" if runtime.options.caches else "its options guard nothing (cache='off')"
+        raise QuantCacheError("nothing is cached for this model: " + ("; ".join(runtime.notes) or why))
     trajectories = runtime.last_trajectories()
     streams = [
         _stream_summary(trajectory.name or str(turn), state, interface)

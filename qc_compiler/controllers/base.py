@@ -38,12 +38,14 @@ class History:
         index: Number of the step to decide.
         num_steps: Length of the trajectory, or None if it is not known yet.
         regions: Names of the regions.
+        timesteps: Of the step before and of this one, if the model has any.
     """
 
     steps: Sequence[Step]
     index: int
     num_steps: int | None
     regions: Sequence[str]
+    timesteps: tuple[float | None, float | None] = (None, None)
 
     @property
     def in_blocks(self) -> NDArray[np.bool_]:
@@ -80,8 +82,11 @@ class History:
         return value ** (1 / gap) if column == Statistic.MAGNITUDE else value / gap
 
     def near_end(self, count: int) -> bool:
-        """Whether this is one of the last `count` steps of a trajectory of known length."""
-        return self.num_steps is not None and self.index >= self.num_steps - count
+        """Whether this is one of the last `count` steps; of an unknown number by how fast the timestep nears 0."""
+        if self.num_steps is not None:
+            return self.index >= self.num_steps - count
+        before, now = self.timesteps
+        return before is not None and now is not None and 0 <= now <= (count + 0.5) * (before - now)
 
 
 class Controller(ABC):

@@ -403,11 +403,10 @@ def test_a_wrong_plan_is_refused_when_the_model_is_compiled(model):
 def test_the_number_of_steps_is_the_users_or_learned():
     assert Driver(**EVERY_SECOND, num_steps=9).runtime.num_steps() == 9
     driver = Driver(cache="hlc", level="block", threshold=1e9)
-    for _ in range(2):
+    for known in (None, 12):
         sample(driver, 12)
-    # once the length is known, the last two steps are computed
-    assert driver.computed()[12 + 10 :] == [True, True]
-    assert not all(driver.computed()[10:12])
+        assert driver.runtime.num_steps(1000.0, 1000.0 * 11 / 12) == known
+        assert driver.computed()[-2:] == [True, True]
 
 
 def test_slots_are_given_back_when_the_trajectory_is_over():

@@ -1,6 +1,8 @@
 """The choice of a rule, and what all rules have in common."""
 
 import dataclasses
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,7 +100,36 @@ def test_a_region_never_computed_has_no_rate_and_the_age_of_the_trajectory():
     assert past.rate(1, Statistic.CHANGE) is None
 
 
-def test_near_end_needs_a_known_length():
+def test_near_end_of_a_known_length():
     assert not history([[1]] * 9).near_end(2)
     assert not history([[1]] * 7, num_steps=10).near_end(2)
     assert history([[1]] * 8, num_steps=10).near_end(2)
+    assert not replace(history([[1]] * 7, num_steps=10), timesteps=(10.0, 5.0)).near_end(2)
+
+
+def shifted(times, shift):
+    return shift * times / (1 + (shift - 1) * times)
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        np.linspace(1000, 0, 31)[:-1],  # flow matching
+        shifted(np.linspace(1, 0, 31)[:-1], 3.0),
+        np.arange(961, 0, -32),  # DDIM, leading
+        np.arange(999, 0, -32),  # trailing
+    ],
+)
+def test_the_end_is_seen_where_timesteps_near_zero(timesteps):
+    """No earlier than one step before it: 3 of the last steps at most, and the last 2 at least."""
+    past = history([[1]] * 5)
+    pairs = list(itertools.pairwise(map(float, timesteps)))
+    near = [replace(past, timesteps=pair).near_end(2) for pair in pairs]
+    assert near[-2:] == [True, True]
+    assert not any(near[:-3])
+
+
+def test_timesteps_that_do_not_fall_have_no_end():
+    past = history([[1]] * 5)
+    for timesteps in ((None, 3.0), (5.0, 5.0), (0.8, 0.9), (-5.0, -6.0)):
+        assert not replace(past, timesteps=timesteps).near_end(2)
