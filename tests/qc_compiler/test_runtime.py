@@ -405,7 +405,7 @@ def test_the_number_of_steps_is_the_users_or_learned():
     driver = Driver(cache="hlc", level="block", threshold=1e9)
     for known in (None, 12):
         sample(driver, 12)
-        assert driver.runtime.num_steps(1000.0, 1000.0 * 11 / 12) == known
+        assert driver.runtime.trajectories[-1].num_steps == known
         assert driver.computed()[-2:] == [True, True]
 
 

@@ -143,3 +143,10 @@ def test_computed_share_is_weighted_by_flops():
 def test_a_model_that_did_not_run_has_no_summary():
     with pytest.raises(qc_compiler.QuantCacheError, match="has not run under quantcache yet"):
         qc_compiler.summary(tiny_dit())
+
+
+def test_a_model_of_which_nothing_is_guarded_has_no_summary():
+    model = compile_eagerly(tiny_dit(), {"cache": "off", "quantize": "w8a8", "emulate": True})
+    sample(model, 1)
+    with pytest.raises(qc_compiler.QuantCacheError, match="its options guard nothing"):
+        qc_compiler.summary(model)
