@@ -13,7 +13,7 @@ from qc_compiler.pipeline import PassRun
 from qc_compiler.plan import Plan, Quantization
 from qc_compiler.plot import _maps
 from qc_compiler.trajectory_summary import computed_share
-from tiny_models import eager_backend, sample, tiny_dit
+from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
 
 
 def backend(gm, example_inputs, options=None):
