@@ -21,9 +21,7 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(PY) -m pip install --quiet --editable ".[peers]"
-	$(PY) benchmarks/compare.py --model image
-	$(PY) benchmarks/compare.py --model video
-	$(PY) benchmarks/compare.py --model text
+	for model in image video text; do OMP_NUM_THREADS=1 $(PY) benchmarks/compare.py --model $$model || exit; done
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check --fix .

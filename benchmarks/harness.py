@@ -4,7 +4,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 import qc_compiler
+from qc_compiler.device_profile import clock
 from qc_compiler.kernels.timing import cpu_name
 from qc_compiler.plan import Plan
 
@@ -47,13 +47,14 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Returns the seconds of each run, all of them once in every round."""
+    """Returns the seconds of each run, all of them once in every round; of one CPU thread by its own clock."""
+    now = clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, taken in zip(runs, times):
-            start = time.perf_counter()
+            start = now()
             run()
-            taken.append(time.perf_counter() - start)
+            taken.append(now() - start)
     return times
 
 

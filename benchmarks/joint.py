@@ -98,7 +98,7 @@ class Comparison:
             yield self.row(f"joint, {target}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
             yield remembered(self.page, f"re-timed, {target}", lambda t=target, found=found: self.retimed(t, found))  # type: ignore[misc]
         for share in SHARES:
-            found = remembered_plan(self.page, f"schedule {share}", lambda share=share: self.schedule(share))  # type: ignore[misc]
+            found = remembered_plan(self.page, f"schedule_{share}", lambda share=share: self.schedule(share))  # type: ignore[misc]
             yield self.row(f"schedule, share {share}", lambda found=found: self.compiled(plan=found))  # type: ignore[misc]
         for preset in ("high", "balanced", "fast"):
             yield self.row(f"preset, {preset}", lambda preset=preset: self.compiled(preset=preset))  # type: ignore[misc]

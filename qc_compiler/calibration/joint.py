@@ -25,7 +25,7 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,14 @@ class JointPlanner:
     def plans(self, targets: Sequence[Target]) -> list[Plan]:
         """Returns a plan for each target, in their order."""
         with self._progress, torch._dynamo.config.patch(recompile_limit=1000):  # a graph for each compression
-            self._measure(needs_memory=any(target.kind == "memory" for target in targets))
+            self._measure({target.kind for target in targets})
             plans = [self._plan(target) for target in targets]
         torch._dynamo.eval_frame.reset_code(inspect.unwrap(self.module.forward).__code__)  # which would count later
         return plans
 
     # -- what is measured once
 
-    def _measure(self, needs_memory: bool) -> None:
+    def _measure(self, kinds: Collection[str]) -> None:
         args, kwargs = first_call(self.module, self.generate)
         self._now = clock(next(self.module.parameters()).device)
         self.recording, compiled = Recording(), self._compiled()
@@ -189,11 +189,12 @@ class JointPlanner:
         self.fingerprint = runtime_of(compiled).fingerprint
         self._journal.open(self.fingerprint, self.reference)
         self.levers = Levers()
-        self._measure_schemes(needs_memory)
-        self._measure_heads()
+        self._measure_schemes("memory" in kinds)
         self._measure_blocks()
-        for share in SHARES:
-            self._schedule(num_first * max(2, round(share * self.recording.num_steps)))
+        if set(kinds) != {"memory"}:
+            self._measure_heads()
+            for share in SHARES:
+                self._schedule(num_first * max(2, round(share * self.recording.num_steps)))
 
     def _measure_schemes(self, needs_memory: bool) -> None:
         for scheme in SCHEMES:
@@ -317,27 +318,24 @@ class JointPlanner:
     def _choose(self, target: Target) -> Choice:
         """Returns the best of all choices, as predicted: they are few enough to look at each."""
         names = [name for name, _ in self.levers.prunable]
-        schemes = [s for s in self.levers.schemes if s is None or s in self.levers.fast or target.kind == "memory"]
-        compressions = itertools.product(schemes, self.levers.deltas, range(len(names) + 1))
-        num_streams = len(self.recording.outputs)
-        least = 2 * num_streams
-        choices = [
-            Choice(calls, scheme, delta, tuple(names[:count]))
-            for scheme, delta, count in compressions
-            for calls in range(least, self.num_calls + 1, num_streams)
-        ]
-        predicted = {choice: self._predict(choice) for choice in choices}
-        if target.kind == "psnr":
-            fine = [c for c in choices if self._psnr(predicted[c][0]) >= target.value] or [Choice(self.num_calls)]
-            return max(fine, key=lambda c: predicted[c][1])
-        if target.kind == "speedup":
-            fine = [c for c in choices if predicted[c][1] >= target.value]
-            fine = fine or [max(choices, key=lambda c: predicted[c][1])]
-        else:
-            sizes = {choice: self._weight_bytes(choice) for choice in choices if choice.calls == self.num_calls}
+        left_out = [tuple(names[:count]) for count in range(len(names) + 1)]
+        if target.kind == "memory":
+            smaller = itertools.product([self.num_calls], self.levers.schemes, [None], left_out)
+            sizes = {choice: self._weight_bytes(choice) for choice in itertools.starmap(Choice, smaller)}
             fine = [choice for choice, size in sizes.items() if size <= target.value]
             if not fine:
                 raise OptionError(f"target memory={target.value:.0f} bytes: the least is {min(sizes.values()):.0f}")
+            return min(fine, key=lambda c: self._predict(c)[0])
+        schemes = [scheme for scheme in self.levers.schemes if scheme is None or scheme in self.levers.fast]
+        num_streams = len(self.recording.outputs)
+        all_calls = range(2 * num_streams, self.num_calls + 1, num_streams)
+        choices = itertools.starmap(Choice, itertools.product(all_calls, schemes, self.levers.deltas, left_out))
+        predicted = {choice: self._predict(choice) for choice in choices}
+        if target.kind == "psnr":
+            fine = [c for c in predicted if self._psnr(predicted[c][0]) >= target.value] or [Choice(self.num_calls)]
+            return max(fine, key=lambda c: self._predict(c)[1])
+        fine = [c for c in predicted if predicted[c][1] >= target.value]
+        fine = fine or [max(predicted, key=lambda c: predicted[c][1])]
         return min(fine, key=lambda c: predicted[c][0])
 
     def _weight_bytes(self, choice: Choice) -> float:
@@ -424,7 +422,7 @@ class JointPlanner:
         yield str(choice)
         yield f"so: {told(choice)}"
         num_streams = len(self.recording.outputs)
-        for calls in (choice.calls - num_streams, choice.calls + num_streams):
+        for calls in (choice.calls - num_streams, choice.calls + num_streams) if self._schedules else ():
             if 2 * num_streams <= calls <= self.num_calls:
                 yield f"with {calls} calls: {told(replace(choice, calls=calls))}"
         for scheme in self.levers.schemes:
