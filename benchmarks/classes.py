@@ -38,6 +38,7 @@ HEADINGS = (
 
 def main() -> None:
     torch._dynamo.config.recompile_limit = 100
+    torch.compile(torch.sin)(torch.ones(8))  # Inductor looks around once in a process
     rows = [remembered("classes", name, lambda name=name: measure(name)) for name in CLASSES]  # type: ignore[misc]
     text = header("diffusers' classes, random weights", "OMP_NUM_THREADS=1 python benchmarks/classes.py")
     text += f"\nOf width 256, 4 heads of 64, 256 tokens a frame, {STEPS} steps; no quality: the weights are random.\n"

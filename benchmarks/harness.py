@@ -101,7 +101,7 @@ def remembered_plan(page: str, name: str, calibrate: Callable[[], Plan]) -> Plan
     """Returns a plan that was calibrated for this page before, or calibrates it.
 
     Plans lie in `benchmarks/plans` and are committed: what a page measured can be run again. Delete one to have it
-    calibrated anew.
+    calibrated anew, and what a joint calibration has measured beside the rows.
     """
     path = PLANS / f"{page}_{name}.safetensors"
     if not path.exists():

@@ -29,7 +29,7 @@ from sampling import load_model, psnr, resized
 from subjects import SUBJECTS, Judge, Subject
 
 BUDGETS = (0.05, 0.2, 0.4, 0.6, 0.8, 1.0)
-ROUNDS, TOGETHER = 2, 0.2
+ROUNDS, TOGETHER = 2, 0.05
 LONG = Subject("video DiT, 32 frames", lambda: resized(load_model(), (32, 16, 16)), (1, 32, 16, 16), 2, 8)
 HEADINGS = ("what", "pairs saved", "PSNR dB", "median", "SSIM", "recognized", "× Inductor")
 

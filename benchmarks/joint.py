@@ -50,7 +50,10 @@ def main() -> None:
     comparison = Comparison(args.model)
     rows = list(comparison.rows())
     how = comparison.subject
-    text = header(f"One plan for everything: the {how.title}", f"python benchmarks/joint.py --model {args.model}")
+    text = header(
+        f"One plan for everything: the {how.title}",
+        f"OMP_NUM_THREADS=1 python benchmarks/joint.py --model {args.model}",
+    )
     text += (
         f"\n{how.batch} samples, {how.steps} steps, guidance {how.guidance}; calibrated on other seeds and labels.\n\n"
     )

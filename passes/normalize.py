@@ -4,8 +4,9 @@
     after:   layer_norm(x) → mul → linear: no node mutates anything, linear, attention and norm stay whole
 
 Values do not change: the ops are the ones PyTorch itself would dispatch to, and the casts that an autocast around the
-call makes become nodes. Symbolic sizes survive. `view`s remain as pure nodes; since nothing is mutated any more, that
-they alias cannot be observed.
+call makes become nodes. Symbolic sizes survive, computed from those of the inputs: read from a tensor inside a block
+they would tie other blocks to it. `view`s remain as pure nodes; since nothing is mutated any more, that they alias
+cannot be observed.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from qc_compiler.costs import expression
 from qc_compiler.errors import UnsupportedModelError
-from qc_compiler.graph import GraphPass, Report, placeholders, trace
+from qc_compiler.graph import GraphPass, Report, is_symbolic_number, placeholders, trace
 from qc_compiler.show import show
 
 
@@ -46,6 +50,7 @@ class Normalize(GraphPass):
 
         traced = trace(run, *inputs)
         _write_out_casts(traced)
+        _take_sizes_from_inputs(traced)
         for old, new in zip(operands, placeholders(traced.graph)):
             new.meta["parameter"] = new.meta.get("parameter") or _is_parameter(old)
             new.meta["source"] = names.get(old.target, old.meta.get("source", str(old.target)))
@@ -62,6 +67,25 @@ def _is_parameter(node: fx.Node) -> bool:
     value = node.meta.get("example_value", node.meta.get("val"))
     static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
     return bool(node.meta.get("parameter")) or static or isinstance(value, torch.nn.Parameter)
+
+
+def _take_sizes_from_inputs(gm: fx.GraphModule) -> None:
+    inputs = {node.meta["val"].node.expr: fx.Proxy(node) for node in placeholders(gm.graph) if is_symbolic_number(node)}
+    sizes = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    made: dict[Any, fx.Node] = {}
+    for node in sizes:
+        expr = expression(node.meta["val"])
+        if not expr.is_Integer and expr.free_symbols <= inputs.keys():
+            if expr not in made:
+                with gm.graph.inserting_before(first):
+                    made[expr] = sympy_interp(PythonReferenceAnalysis, inputs, expr).node
+            node.replace_all_uses_with(made[expr])
+            gm.graph.erase_node(node)
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+            node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _write_out_casts(gm: fx.GraphModule) -> None:

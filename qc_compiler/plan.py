@@ -103,6 +103,12 @@ class Quantization:
         if len(self.amax) not in (0, len(self.sites)) or self.noise.shape[1:] != (len(self.regions),):
             raise PlanError("the plan's ranges or noise do not belong to its linears and regions: calibrate again")
 
+    @classmethod
+    def of(cls, recipe: str, sites: Sequence[str]) -> "Quantization":
+        """Returns what is known of these linears where nothing was measured."""
+        zeros = np.zeros(len(sites), dtype=np.float32)
+        return cls(recipe, tuple(sites), zeros.astype(np.int8), zeros, zeros + 1, zeros)
+
     @property
     def has_outliers(self) -> NDArray[np.bool_]:
         """bool (S,)"""

@@ -107,7 +107,7 @@ class Region:
     parts: tuple["Region", ...] = ()
 
     def cost(self, variant: Variant = COMPUTED) -> Cost:
-        """Returns what a variant of this region takes; every linear that can be quantized is."""
+        """Returns what a variant of this region takes."""
         kernels = [kernel for group in self.run(variant) for kernel in group[-1]]
         pruned = variant.state == "pruned"
         return Cost(

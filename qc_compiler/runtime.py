@@ -308,8 +308,8 @@ class GuardedGraph:
 
     def _history(self, state: StreamState, position: Position, coordinate: float) -> History:
         """Returns what a rule sees of a stream that has made a step."""
-        steps, before = [step.resolve() for step in state.steps], state.steps[-1].timestep
-        return History(steps, position.step, position.trajectory.num_steps, self.names, (before, coordinate))
+        steps, timesteps = [step.resolve() for step in state.steps], [step.timestep for step in state.steps]
+        return History(steps, position.step, position.trajectory.num_steps, self.names, [*timesteps[-2:], coordinate])
 
     def _redundant(self, state: StreamState, position: Position, coordinate: float) -> NDArray[np.bool_]:
         """Returns bool (R,): which regions the rule for pruning leaves out; none whose slot is to be filled."""

@@ -51,7 +51,7 @@ class Measurement:
 
     def __init__(self, runner: SiteRunner, pairs: Pairs, progress: bool = False) -> None:
         self.runner, self.pairs, self._progress = runner, pairs, progress
-        self.num_calls = 2 * len(pairs)  # of the model, so far
+        self.num_calls = 2 * len(pairs)  # of the whole model, quantized or not
         self._scores: dict[Any, dict[str, NDArray[np.float64]]] = {}
         self.sites = runner.sites
         self.weights: dict[str, Tensor] = {}
@@ -76,6 +76,10 @@ class Measurement:
             self._known[site.name, scheme] = RoundedLinear(self.weights[site.name], scheme, scales)
         return self._known[site.name, scheme]
 
+    def forget(self) -> None:
+        """Frees the rounded weights."""
+        self._known.clear()
+
     def quantized_runs(self, scheme_of: Callable[[Site], Scheme | None]) -> list[tuple[Observed, Observed]]:
         """Returns the runs of all pairs with the linears quantized as asked, None leaving one alone."""
 
@@ -95,14 +99,15 @@ class Measurement:
         """
         if (scheme, terms) in self._scores:
             return self._scores[scheme, terms]
-        found = self._scores[scheme, terms] = {}
+        found = {}
         for site in track(self.sites, "sensitivities", disable=not self._progress, transient=True):
             scores = np.zeros(len(WIDTHS))
             for i, width in enumerate(WIDTHS):
                 if (narrow := _with_weight(scheme, width)) is not None:
                     scores[i] = self._score(site, narrow, terms)
-            self._known.clear()
+            self.forget()
             found[site.name] = scores
+        self._scores[scheme, terms] = found
         return found
 
     def _score(self, site: Site, scheme: Scheme, terms: Sequence[str]) -> float:
@@ -182,6 +187,7 @@ def measure(known: Measurement, recipe: str, mean_bits: float) -> Quantization:
         return lambda site: _with_weight(scheme, bits[site.name]) if how.allocated else scheme
 
     noises = [known.noise(allocated(scheme)) for scheme in schemes]
+    known.forget()
     return Quantization(
         recipe,
         tuple(names),

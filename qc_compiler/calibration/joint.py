@@ -34,11 +34,13 @@ import numpy as np
 import torch
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..device_profile import clock
 from ..errors import OptionError, QuantCacheError
 from ..estimate import cost
-from ..formats.schemes import recipe_of
+from ..formats.schemes import SCHEMES, recipe_of
+from ..kernels import find_kernel
 from ..plan import Plan, Quantization
 from ..region_costs import Variant
 from ..registry import runtime_of
@@ -51,11 +53,9 @@ from .samples import Calls
 from .schedule import DEPTH, Schedules, ScheduleSearch
 from .sites import SiteRunner
 
-SCHEMES = ("w8a8", "fp8", "nvfp4", "w4a8")
-RECIPES = {  # the scheme of the narrowest linears, and mean bits to try
-    **{scheme: (scheme, (0.0,)) for scheme in SCHEMES},
-    "dmpq": ("nvfp4", (6.0,)),
-    "importance": ("w4a8", (4.5, 5.0, 6.0)),
+RECIPES = dict.fromkeys(("w8a8", "fp8", "nvfp4", "w4a8"), (0.0,)) | {  # with the mean bits to try
+    "dmpq": (6.0,),
+    "importance": (4.5, 5.0, 6.0),
 }
 SAMPLES = 8  # that the linears are measured on
 OF_BITS = {4: "w4a8", 8: "w8a8"}  # of a linear, by the bits of its weight
@@ -172,7 +172,10 @@ class JointPlanner:
 
     def _measure(self, kinds: Collection[str]) -> None:
         args, kwargs = first_call(self.module, self.generate)
-        self._now = clock(next(self.module.parameters()).device)
+        batch = next(x.shape[0] for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim() > 1)
+        self._num_pairs = math.ceil(SAMPLES / batch)
+        self.device = next(self.module.parameters()).device
+        self._now = clock(self.device)
         self.recording, compiled = Recording(), self._compiled()
         self.reference = self._run("recording", compiled, self.recording)
         self.num_calls = self.recording.num_steps * len(self.recording.outputs)
@@ -197,35 +200,52 @@ class JointPlanner:
                 self._schedule(num_first * max(2, round(share * self.recording.num_steps)))
 
     def _measure_schemes(self, needs_memory: bool) -> None:
-        for scheme in SCHEMES:
+        for scheme in filter(SCHEMES.__contains__, RECIPES):
             gain = 1 - self.estimate.step_seconds(default=Variant(quantize=scheme)) / self.estimate.step_seconds()
             if gain >= WORTH:
                 self.levers.fast.add(scheme)
             else:
                 self.levers.reasons.append(f"{scheme}: it saves {max(gain, 0):.0%} of a step on this device")
-        for recipe, (narrowest, all_bits) in RECIPES.items():
-            for bits in all_bits if needs_memory or narrowest in self.levers.fast else ():
+        self._sites = SiteRunner(runtime_of(self._full).shared)
+        generations = 4 * len(self._sites.sites) * self._num_pairs / self.num_calls  # two formats, at two steps each
+        for recipe, all_bits in RECIPES.items():
+            is_fast = self._is_fast(recipe)
+            if recipe not in SCHEMES and generations > self.max_generations / 3:
+                self.levers.reasons.append(f"{recipe}: measuring its linears takes {generations:.0f} generations")
+                continue
+            for bits in all_bits if needs_memory or is_fast else ():
                 scheme = f"{recipe} with {bits} bits" if len(all_bits) > 1 else recipe
-                if narrowest in self.levers.fast:
+                if is_fast:
                     self.levers.fast.add(scheme)
-                plan = self._journal.plan(scheme, lambda: self._quantized(scheme, recipe, bits))  # noqa: B023
+                plan = self._journal.plan(f"linears: {scheme}", lambda: self._quantized(scheme, recipe, bits))  # noqa: B023
                 self.levers.schemes[scheme] = plan.measured["error"] ** 2
                 assert plan.quantization is not None
                 self.levers.quantizations[scheme] = plan.quantization
+        self.__dict__.pop("_linears", None)  # it holds activations of all blocks
+
+    def _is_fast(self, recipe: str) -> bool:
+        """Whether this device has a kernel for all that a recipe may choose, and one of them saves time."""
+        how = recipe_of(recipe)
+        schemes = [SCHEMES[name] for name in OF_BITS.values()] if how.allocated else how.schemes
+        return _narrowest(recipe) in self.levers.fast and all(find_kernel(s, self.device) is not None for s in schemes)
 
     def _quantized(self, scheme: str, recipe: str, bits: float) -> Plan:
         """Returns a plan that quantizes and does nothing else, with its error."""
-        before = self._linears.num_calls
-        plan = replace(Plan.without_schedule(""), quantization=measure(self._linears, recipe, bits))
-        self._spend((self._linears.num_calls - before) / self.num_calls, f"the linears in {scheme}")
+        if recipe in SCHEMES:
+            quantization = Quantization.of(recipe, [site.name for site in self._sites.sites])
+        else:
+            before = self._linears.num_calls
+            quantization = measure(self._linears, recipe, bits)
+            self._spend((self._linears.num_calls - before) / self.num_calls, f"the linears in {scheme}")
+        plan = replace(Plan.without_schedule(""), quantization=quantization)
         compiled = self._compiled(plan=plan, emulate=scheme not in self.levers.fast)
         return replace(plan, measured={"error": self._error(self._samples(f"{scheme} alone", compiled))})
 
     @functools.cached_property
     def _linears(self) -> Measurement:
-        compiled, calls = self._compiled(), Calls()
-        self._run("the inputs of the linears", compiled, calls)
-        return Measurement(SiteRunner(runtime_of(compiled).shared), calls.pairs("tap", SAMPLES))
+        calls = Calls()
+        self._run("the inputs of the linears", self._full, calls)
+        return Measurement(self._sites, calls.pairs("tap", SAMPLES))
 
     def _measure_heads(self) -> None:
         plain = self.estimate.step_seconds()
@@ -312,7 +332,7 @@ class JointPlanner:
             return None
         known = self.levers.quantizations[choice.quantize]
         if not recipe_of(known.recipe).allocated:
-            return RECIPES[known.recipe][0]
+            return _narrowest(known.recipe)
         return {site: OF_BITS[bits] for site, bits in zip(known.sites, known.bits.tolist()) if bits in OF_BITS}
 
     def _choose(self, target: Target) -> Choice:
@@ -390,7 +410,7 @@ class JointPlanner:
         compiled = torch.compile(self.module, backend=self.backend, options=options | {"emulate": emulate})
         share = choice.calls / self.num_calls
         error = self._error(self._samples("checking the plan", compiled, share))
-        speedup = self._timed(self._full, runs=1) / self._timed(compiled, share)
+        speedup = self._timed(self._full) / self._timed(compiled, share)
         measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": speedup}
         predicted = self._predict(choice)
         measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}
@@ -447,7 +467,8 @@ class JointPlanner:
         if noise > 0:
             surplus = plan.measured["error"] ** 2 - self._schedule_error(choice.calls) ** 2
             self.growth = max(surplus / noise, 0.1)
-        self.slowness *= speedup / plan.measured["speedup"]
+        if not self._is_emulated(choice):
+            self.slowness *= speedup / plan.measured["speedup"]
 
     def _with_heads(self, plan: Plan, delta: float) -> Plan:
         weights = np.array(self._journal.get("weights of the steps", self._weigh_steps))
@@ -478,15 +499,14 @@ class JointPlanner:
         self._spend(share, what)
         return flat(self.generate(compiled))
 
-    def _timed(self, compiled: Any, share: float = 1.0, runs: int = 2) -> float:
-        """Returns the seconds of the fastest run; the first of two may compile."""
-        taken = []
-        for _ in range(runs):
+    def _timed(self, compiled: Any, share: float = 1.0) -> float:
+        """Returns the seconds of the second of two runs: the first may compile."""
+        for _ in range(2):
             start = self._now()
             flat(self.generate(compiled))  # on the host, so that the device has finished
-            taken.append(self._now() - start)
+            seconds = self._now() - start
             self._spend(share, "timing")
-        return min(taken)
+        return seconds
 
     def _spend(self, share: float, what: str) -> None:
         self.generations += share
@@ -501,6 +521,12 @@ class JointPlanner:
         spread = self.data_range or float(self.reference.max() - self.reference.min())
         mean_square = (error * float(self.reference.norm())) ** 2 / self.reference.numel()
         return 10 * math.log10(spread**2 / mean_square) if mean_square > 0 else math.inf
+
+
+def _narrowest(recipe: str) -> str:
+    """Returns the name of the scheme of a recipe's narrowest linears."""
+    how = recipe_of(recipe)
+    return OF_BITS[min(OF_BITS)] if how.allocated else next(n for n, s in SCHEMES.items() if s == how.schemes[0])
 
 
 def _as_tuples(value: Any) -> Any:

@@ -38,14 +38,14 @@ class History:
         index: Number of the step to decide.
         num_steps: Length of the trajectory, or None if it is not known yet.
         regions: Names of the regions.
-        timesteps: Of the step before and of this one, if the model has any.
+        timesteps: Of the earlier steps and of this one, if the model has any.
     """
 
     steps: Sequence[Step]
     index: int
     num_steps: int | None
     regions: Sequence[str]
-    timesteps: tuple[float | None, float | None] = (None, None)
+    timesteps: Sequence[float | None] = ()
 
     @property
     def in_blocks(self) -> NDArray[np.bool_]:
@@ -82,11 +82,19 @@ class History:
         return value ** (1 / gap) if column == Statistic.MAGNITUDE else value / gap
 
     def near_end(self, count: int) -> bool:
-        """Whether this is one of the last `count` steps; of an unknown number by how fast the timestep nears 0."""
+        """Whether this is one of the last `count` steps; about that where their number is not known yet.
+
+        It is then told by how the timestep nears 0, in even or growing steps as of most schedulers; of others (Karras)
+        the end is not seen.
+        """
         if self.num_steps is not None:
             return self.index >= self.num_steps - count
-        before, now = self.timesteps
-        return before is not None and now is not None and 0 <= now <= (count + 0.5) * (before - now)
+        known = [timestep for timestep in self.timesteps[-3:] if timestep is not None]
+        if len(known) < 3:
+            return False
+        older, before, now = known
+        fell, falls = older - before, before - now
+        return fell > 0 and falls > 0.9 * fell and 0 <= now <= (count + 0.5) * falls * falls / fell
 
 
 class Controller(ABC):

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from capture import apply, capture
-from passes import Normalize
+from mmdit import MMDiT, MMDiTConfig
+from passes import Normalize, ShareBodies
 from qc_compiler.errors import UnsupportedModelError
-from qc_compiler.graph import module_path, placeholders
+from qc_compiler.estimate import own_sizes
+from qc_compiler.graph import body_calls, is_symbolic_number, module_path, placeholders
 from qc_compiler.show import show
 from small_blocks import Modulated, Stack
 from tiny_models import tiny_dit
@@ -145,3 +147,21 @@ def test_a_second_run_leaves_the_graph_alone():
     before = show(gm)
     assert apply(Normalize(), gm).changed == 0
     assert show(gm) == before
+
+
+def test_sizes_are_computed_from_those_of_the_inputs():
+    """Two sizes vary, and the tokens are their product: what is read from one block's tensor would serve all others."""
+    model = (
+        MMDiT(MMDiTConfig(num_dual=2, num_single=2, width=32, num_heads=2, size=(8, 8))).eval().requires_grad_(False)
+    )
+    args = tuple(map(own_sizes, (torch.randn(2, 1, 8, 8), torch.ones(2), torch.zeros(2, 8, dtype=torch.int64))))
+    captured = capture(model, *args, dynamic=True)
+    gm = captured.normalized()
+    assert any(is_symbolic_number(node) for node in placeholders(gm.graph))
+    assert not gm.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    numbers = [node for node in gm.graph.nodes if node.op == "call_function" and is_symbolic_number(node)]
+    assert numbers
+    ShareBodies().run(gm)
+    assert [str(call.meta["block"]) for call in body_calls(gm)] == [
+        "dual_blocks.0", "dual_blocks.1", "single_blocks.0", "single_blocks.1"
+    ]  # fmt: skip

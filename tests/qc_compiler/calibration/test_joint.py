@@ -14,6 +14,7 @@ from qc_compiler.calibration.joint import Choice, JointPlanner, Target, parse_ta
 from qc_compiler.calibration.journal import Journal
 from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, first_call, run_steered
 from qc_compiler.calibration.removal import OneBlockLess
+from qc_compiler.formats.schemes import SCHEMES, Scheme
 from qc_compiler.plan import Plan
 from tiny_models import compile_eagerly, eager_backend, guided, tiny_dit
 
@@ -24,7 +25,7 @@ def backend(gm, example_inputs, options=None):
     return eager_backend(gm, example_inputs, options=options)
 
 
-def counted_seconds(planner, compiled, share=1.0, runs=2):
+def counted_seconds(planner, compiled, share=1.0):
     """A clock that counts: a computed call takes 1 s, 0.8 with W8A8 or head-wise attention, a reused one 0.01."""
     planner.generate(compiled)
     try:
@@ -147,8 +148,6 @@ def test_memory_is_met_by_the_scheme_with_the_least_error(model, planned):
 def test_weights_are_as_small_as_was_predicted(scheme, model, planned):
     planner, packed = planned[0], copy.deepcopy(model)
     qc_compiler.pack_(packed, Plan.without_schedule("", quantization=planner.levers.quantizations[scheme]))
-    for block, plain in zip(packed.blocks, model.blocks):
-        block.modulation = plain.modulation  # which is packed, too, but of no linear that is quantized
     expected = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers()))
     assert planner._weight_bytes(Choice(planner.num_calls, scheme)) == expected
 
@@ -164,6 +163,31 @@ def test_what_saves_nothing_here_is_left_out_with_a_reason(planned):
     assert not planner.levers.fast
     assert plans["psnr=50"].quantization is None
     assert any(reason.startswith("w8a8: it saves") for reason in plans["psnr=50"].reasons)
+
+
+def test_a_recipe_is_fast_only_where_each_of_its_schemes_has_a_kernel(planned, monkeypatch):
+    planner = planned[0]
+    monkeypatch.setattr(planner.levers, "fast", {"w8a8", "nvfp4", "w4a8"})
+    known = [SCHEMES["nvfp4"], SCHEMES["w4a8"]]
+    monkeypatch.setattr(joint, "find_kernel", lambda scheme, device: scheme if scheme in known else None)
+    assert [planner._is_fast(recipe) for recipe in ("nvfp4", "dmpq", "importance", "w8a8")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    known += [Scheme("nvfp4", "uint8"), SCHEMES["w8a8"]]
+    assert all(planner._is_fast(recipe) for recipe in ("nvfp4", "dmpq", "importance", "w8a8"))
+    planner.levers.fast.clear()
+    assert not planner._is_fast("w8a8")
+
+
+def test_what_takes_too_long_to_measure_is_left_out_with_a_reason(model, monkeypatch):
+    monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
+    planner = planner_for(model, max_generations=6.0)
+    (plan,) = planner.plans([Target("memory", 2.0**30)])
+    assert "dmpq: measuring its linears takes 5 generations" in plan.reasons
+    assert "w4a8" in planner.levers.schemes
 
 
 def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):

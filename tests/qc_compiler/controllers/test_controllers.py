@@ -1,7 +1,6 @@
 """The choice of a rule, and what all rules have in common."""
 
 import dataclasses
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -104,32 +103,48 @@ def test_near_end_of_a_known_length():
     assert not history([[1]] * 9).near_end(2)
     assert not history([[1]] * 7, num_steps=10).near_end(2)
     assert history([[1]] * 8, num_steps=10).near_end(2)
-    assert not replace(history([[1]] * 7, num_steps=10), timesteps=(10.0, 5.0)).near_end(2)
+    assert not replace(history([[1]] * 7, num_steps=10), timesteps=(15.0, 10.0, 5.0)).near_end(2)
 
 
-def shifted(times, shift):
+def ends_seen(timesteps):
+    """For each step whether it is seen as one of the last two."""
+    past = history([[1]] * 5)
+    return [replace(past, timesteps=timesteps[: i + 1]).near_end(2) for i in range(len(timesteps))]
+
+
+def even(num_steps, shift=1.0):
+    times = np.linspace(1, 0, num_steps + 1)[:-1]
     return shift * times / (1 + (shift - 1) * times)
 
 
+def karras(num_steps):
+    return np.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), num_steps) ** 7
+
+
 @pytest.mark.parametrize(
-    "timesteps",
+    ("timesteps", "most"),
     [
-        np.linspace(1000, 0, 31)[:-1],  # flow matching
-        shifted(np.linspace(1, 0, 31)[:-1], 3.0),
-        np.arange(961, 0, -32),  # DDIM, leading
-        np.arange(999, 0, -32),  # trailing
+        (1000 * even(30), 2),
+        (even(20, shift=3.0), 2),
+        (even(50, shift=3.0), 2),
+        (even(28, shift=5.0), 2),
+        (np.arange(999.0, 0, -20), 2),  # DDIM, trailing
+        (np.arange(981.0, 0, -20), 3),  # leading
+        (np.linspace(999, 0, 30), 3),
     ],
 )
-def test_the_end_is_seen_where_timesteps_near_zero(timesteps):
-    """No earlier than one step before it: 3 of the last steps at most, and the last 2 at least."""
-    past = history([[1]] * 5)
-    pairs = list(itertools.pairwise(map(float, timesteps)))
-    near = [replace(past, timesteps=pair).near_end(2) for pair in pairs]
-    assert near[-2:] == [True, True]
-    assert not any(near[:-3])
+def test_the_end_is_seen_where_timesteps_near_zero(timesteps, most):
+    seen = ends_seen(timesteps)
+    assert seen[-2:] == [True, True]
+    assert not any(seen[:-most])
 
 
-def test_timesteps_that_do_not_fall_have_no_end():
-    past = history([[1]] * 5)
-    for timesteps in ((None, 3.0), (5.0, 5.0), (0.8, 0.9), (-5.0, -6.0)):
-        assert not replace(past, timesteps=timesteps).near_end(2)
+def test_of_a_strongly_shifted_schedule_the_last_step_is_seen():
+    assert [i for i, seen in enumerate(ends_seen(even(20, shift=7.0))) if seen] == [19]
+
+
+@pytest.mark.parametrize(
+    "timesteps", [karras(20), karras(10), [None] * 4, [5.0, 5.0, 5.0], [0.7, 0.8, 0.9], [-4.0, -5.0, -6.0], [10.0, 5.0]]
+)
+def test_timesteps_that_do_not_fall_evenly_have_no_end(timesteps):
+    assert not any(ends_seen(timesteps))
