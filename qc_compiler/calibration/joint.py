@@ -1,11 +1,13 @@
 """One plan for everything, under one error budget.
 
     choose      c calls to compute (of S·N), a scheme q of the linears, δ of the heads, p blocks to prune
-    time        T = c·t(q, δ, p) + (S·N − c)·t₀              t from `qc_compiler.cost`, anchored on steps of this model
+    time        T = c·t·r_q·r_δ·r_p + (S·N − c)·t₀           t and t₀ of a computed and of a reused call, measured
     error       E² = e_c² + g·(e_q² + e_δ² + e_p²)           relative, of the samples; g = 1 until it is measured
 
 so that T is least within an error, E is least within a time, or E is least within the bytes of the weights. The parts:
 
+    r_q, r_δ    of a step's time, measured, with nothing else changed; tried where `qc_compiler.cost`, which also gives
+                r_p, says that it saves anything
     e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log) between
     e_q, e_δ    of the samples with nothing else changed, each measured by a run; a scheme may give each linear bits of
                 its own (`importance`) or each step (`dmpq`), measured on the recorded trajectory
@@ -111,12 +113,12 @@ class Choice:
 
 @dataclass
 class Levers:
-    """What was measured of each lever alone: squared relative errors, and seconds of a computed call."""
+    """What was measured of each lever alone: squared relative errors, and its time over that of the full model."""
 
     schemes: dict[str | None, float] = field(default_factory=lambda: {None: 0.0})
     quantizations: dict[str, Quantization] = field(default_factory=dict, compare=False)
     deltas: dict[float | None, float] = field(default_factory=lambda: {None: 0.0})
-    attended: dict[float | None, float] = field(default_factory=lambda: {None: 1.0})
+    ratios: dict[str | float | None, float] = field(default_factory=lambda: {None: 1.0}, compare=False)
     prunable: list[tuple[str, float]] = field(default_factory=list)  # in the order in which blocks are left out
     fast: set[str] = field(default_factory=set)  # schemes that save time here
     reasons: list[str] = field(default_factory=list)
@@ -221,6 +223,10 @@ class JointPlanner:
                 self.levers.schemes[scheme] = plan.measured["error"] ** 2
                 assert plan.quantization is not None
                 self.levers.quantizations[scheme] = plan.quantization
+                self.levers.ratios[scheme] = plan.measured["ratio"]
+                if is_fast and plan.measured["ratio"] > 1 - WORTH:
+                    self.levers.fast.discard(scheme)
+                    self.levers.reasons.append(f"{scheme}: a step takes {plan.measured['ratio']:.0%} of its time")
         self.__dict__.pop("_linears", None)  # it holds activations of all blocks
 
     def _is_fast(self, recipe: str) -> bool:
@@ -239,7 +245,8 @@ class JointPlanner:
             self._spend((self._linears.num_calls - before) / self.num_calls, f"the linears in {scheme}")
         plan = replace(Plan.without_schedule(""), quantization=quantization)
         compiled = self._compiled(plan=plan, emulate=scheme not in self.levers.fast)
-        return replace(plan, measured={"error": self._error(self._samples(f"{scheme} alone", compiled))})
+        error, ratio = self._alone(compiled, scheme)
+        return replace(plan, measured={"error": error, "ratio": ratio})
 
     @functools.cached_property
     def _linears(self) -> Measurement:
@@ -255,17 +262,23 @@ class JointPlanner:
             return
         for delta in DELTAS:
             try:
-                error, attended = self._journal.get(f"heads {delta}", lambda: self._heads_alone(delta))  # noqa: B023
+                error, ratio = self._journal.get(f"heads, δ = {delta}", lambda: self._heads_alone(delta))  # noqa: B023
             except QuantCacheError as why:
                 self.levers.reasons.append(f"heads: {why}")
                 return
-            self.levers.deltas[delta], self.levers.attended[delta] = error, attended
+            if ratio > 1 - WORTH:
+                self.levers.reasons.append(f"heads within δ = {delta}: a step takes {ratio:.0%} of its time")
+            else:
+                self.levers.deltas[delta], self.levers.ratios[delta] = error**2, ratio
 
     def _heads_alone(self, delta: float) -> tuple[float, float]:
-        """Returns the squared error of head-wise attention with everything computed, and the share that is left."""
         plan = self._with_heads(Plan.without_schedule(""), delta)
-        found = self._samples(f"heads, δ = {delta}", self._compiled(plan=plan))
-        return self._error(found) ** 2, 1 - plan.measured["attention_saved"]
+        return self._alone(self._compiled(plan=plan), f"heads, δ = {delta}")
+
+    def _alone(self, compiled: Any, what: str) -> tuple[float, float]:
+        """Returns the error of a lever with everything computed, and its time over that of the full model."""
+        error = self._error(self._samples(f"{what} alone", compiled))
+        return error, self._lap(compiled) / self._lap(self._full)
 
     def _measure_blocks(self) -> None:
         def run() -> dict[str, float]:
@@ -321,9 +334,10 @@ class JointPlanner:
         """Returns the predicted time of a computed call."""
         compression = replace(choice, calls=0)
         if compression not in self._seconds:
-            variant = Variant(quantize=self._formats(choice), attended=self.levers.attended[choice.delta])
             pruned = {name: Variant("pruned") for name in choice.pruned}
-            self._seconds[compression] = self.estimate.step_seconds(pruned, variant)
+            left = self.estimate.step_seconds(pruned) / self.estimate.step_seconds()
+            ratio = self.levers.ratios[choice.quantize] * self.levers.ratios[choice.delta] * left
+            self._seconds[compression] = ratio * self.full_seconds / self.num_calls
         return self._seconds[compression]
 
     def _formats(self, choice: Choice) -> str | dict[str, str] | None:
@@ -501,11 +515,14 @@ class JointPlanner:
 
     def _timed(self, compiled: Any, share: float = 1.0) -> float:
         """Returns the seconds of the second of two runs: the first may compile."""
-        for _ in range(2):
-            start = self._now()
-            flat(self.generate(compiled))  # on the host, so that the device has finished
-            seconds = self._now() - start
-            self._spend(share, "timing")
+        self._lap(compiled, share)
+        return self._lap(compiled, share)
+
+    def _lap(self, compiled: Any, share: float = 1.0) -> float:
+        start = self._now()
+        flat(self.generate(compiled))  # on the host, so that the device has finished
+        seconds = self._now() - start
+        self._spend(share, "timing")
         return seconds
 
     def _spend(self, share: float, what: str) -> None:

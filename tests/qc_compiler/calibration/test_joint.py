@@ -2,6 +2,7 @@ import copy
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import qc_compiler
 from qc_compiler import OptionError, PlanError, QuantCacheError
 from qc_compiler.calibration import joint
-from qc_compiler.calibration.joint import Choice, JointPlanner, Target, parse_target
+from qc_compiler.calibration.joint import Choice, JointPlanner, Levers, Target, parse_target
 from qc_compiler.calibration.journal import Journal
 from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, first_call, run_steered
 from qc_compiler.calibration.removal import OneBlockLess
@@ -42,7 +43,7 @@ def counted_seconds(planner, compiled, share=1.0):
 def small():
     """Counts instead of timing, and looks at fewer schedules and budgets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JointPlanner, "_timed", counted_seconds)
+        patch.setattr(JointPlanner, "_lap", counted_seconds)
         patch.setattr(joint, "SHARES", (0.2, 0.5))
         patch.setattr(joint, "DELTAS", (0.4,))
         patch.setattr(joint, "ROUNDS", 2)
@@ -188,6 +189,21 @@ def test_what_takes_too_long_to_measure_is_left_out_with_a_reason(model, monkeyp
     (plan,) = planner.plans([Target("memory", 2.0**30)])
     assert "dmpq: measuring its linears takes 5 generations" in plan.reasons
     assert "w4a8" in planner.levers.schemes
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.9, True), (0.99, False)])
+def test_a_lever_that_saves_no_time_here_is_dropped(ratio, kept, planned, monkeypatch):
+    planner = planned[0]
+    for name, value in {
+        "levers": Levers(),
+        "_journal": Journal(None),
+        "_heads_alone": lambda delta: (0.1, ratio),
+        "estimate": SimpleNamespace(step_seconds=lambda default=None: 1.0 if default is None else default.attended),
+    }.items():
+        monkeypatch.setattr(planner, name, value)
+    planner._measure_heads()
+    assert (0.4 in planner.levers.deltas) == kept
+    assert planner.levers.reasons == ([] if kept else ["heads within δ = 0.4: a step takes 99% of its time"])
 
 
 def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
