@@ -167,7 +167,7 @@ def draw(rows: list[tuple[str, ...]], plans: Sequence[qc_compiler.Plan], name: s
     methods: dict[str, list[tuple[float, float]]] = {}
     for what, decibels, _, _, ratio, *_ in rows:
         if decibels != "inf" and ratio and what != "Inductor":
-            methods.setdefault(what.partition(",")[0], []).append((float(ratio), float(decibels)))
+            methods.setdefault(what.rpartition(",")[0] or what, []).append((float(ratio), float(decibels)))
     for method, points in methods.items():
         style = {"color": "black", "linewidth": 2.5} if method == "joint" else {"linewidth": 1}
         panel.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method, **style)

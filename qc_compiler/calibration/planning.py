@@ -3,6 +3,7 @@
 schedule        which steps are computed                                 (schedule.py)
 attention       what each head does, on the cached trajectory            (attention.py)
 quantization    what each linear needs, on the cached trajectory          (samples.py, selection.py, importance.py)
+                then what skipped steps are made of, once more: an extrapolation multiplies what both added
 compensation    what both together did to the variance of the output      (variance.py)
 """
 
@@ -24,7 +25,7 @@ from .importance import Measurement, measure
 from .joint import JointPlanner, parse_target
 from .recording import COMPUTE_ALL, Recording, run_steered
 from .samples import Calls
-from .schedule import find_schedule
+from .schedule import find_schedule, refitted
 from .selection import SELECTIONS
 from .sites import SiteRunner
 from .variance import fit_compensation
@@ -143,6 +144,8 @@ def calibrate(
             raise QuantCacheError(f"no linear of this {type(module).__name__} can be quantized: quantize=None")
         pairs = calls.pairs(selection, samples)
         plan = replace(plan, quantization=measure(Measurement(runner, pairs, progress), quantize, bits))
+    if plan is not None and plan.has_schedule and (attention is not None or quantize is not None):
+        plan = refitted(module, generate, plan, emulate=emulate, backend=backend)
     if compensate:
         recording = Recording()
         run_steered(torch.compile(module, backend=backend, options=COMPUTE_ALL), generate, recording)

@@ -23,6 +23,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from ..errors import OptionError, QuantCacheError
 from ..extrapolation import polynomial_weights
+from ..formats.schemes import recipe_of
 from ..graph import RegionSpec
 from ..plan import Plan
 from ..registry import runtime_of
@@ -78,6 +80,34 @@ def find_schedule(
             compiled, generate, recording, reference, level, lambda text: bar.update(task, advance=1, description=text)
         )
         return search.find(max(2, round(share * recording.num_steps)), num_candidates)
+
+
+def refitted(model: Any, generate: Callable[[Any], Any], plan: Plan, *, emulate: bool, backend: Any) -> Plan:
+    """Returns a plan whose skipped steps are made as well as can be of what its compressed model predicts."""
+    recording, module = Recording(), getattr(model, "_orig_mod", model)
+    reads_blocks = plan.quantization is not None and recipe_of(plan.quantization.recipe).rule is not None
+    options = COMPUTE_ALL | {"level": "output+block" if reads_blocks else plan.level, "cache_order": DEPTH - 1}
+    reference = run_steered(torch.compile(module, backend=backend, options=options), generate, recording)
+    compression = {name: getattr(plan, name) for name in ("quantization", "attention", "pruned")}
+    bare = replace(Plan.without_schedule("", plan.timesteps, plan.streams), **compression)
+    compiled = torch.compile(module, backend=backend, options=options | {"plan": bare, "emulate": emulate})
+    search = ScheduleSearch(compiled, generate, recording, reference, plan.level)
+    schedules = schedules_of(plan)
+    search.gain = min(GAINS, key=lambda gain: search.measure(schedules, gain)[0])
+    fitted = search.plan(schedules)
+    return replace(plan, weights=fitted.weights, across=fitted.across, measured=plan.measured | fitted.measured)
+
+
+def schedules_of(plan: Plan) -> Schedules:
+    """Returns which steps a plan computes for each stream, and which blocks of them."""
+    every = np.arange(1, len(plan.regions))
+    return tuple(
+        tuple(
+            (int(step), () if computed[step, every].all() else tuple(np.flatnonzero(computed[step, every]) + 1))
+            for step in np.flatnonzero(computed.any(axis=1))
+        )
+        for computed in plan.compute
+    )
 
 
 class ScheduleSearch:

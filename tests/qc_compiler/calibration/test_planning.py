@@ -8,12 +8,13 @@ from torch import nn
 import qc_compiler
 from qc_compiler.calibration import planning
 from qc_compiler.calibration.samples import Calls
+from qc_compiler.calibration.schedule import schedules_of
 from qc_compiler.errors import OptionError, QuantCacheError
 from qc_compiler.options import parse_options
 from qc_compiler.plan import Plan
 from qc_compiler.registry import runtime_of
 from small_blocks import Modulated, Stack
-from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
+from tiny_models import compile_eagerly, eager_backend, guided, sample, tiny_dit
 
 STEPS = 6
 SITES = [f"blocks.0.{part}" for part in ("attn.qkv", "attn.out", "mlp.0", "mlp.2")]
@@ -189,3 +190,31 @@ def test_a_generate_that_samples_twice_is_an_error():
     for kwargs in ({"share": 0.5, "budget": 1}, {"share": None, "compensate": True}):
         with pytest.raises(QuantCacheError, match="sampled more than once: let it make one batch"):
             qc_compiler.calibrate(tiny_dit(2), twice, progress=False, backend=backend, **kwargs)
+
+
+def test_skipped_steps_are_fitted_anew_to_what_is_compressed():
+    model = tiny_dit(2)
+    schedule = calibrated(model, 0.5, guided)
+    both = calibrated(model, None, guided, plan=schedule, quantize="w4a6")
+    naive = replace(both, weights=schedule.weights, across=schedule.across)
+    assert np.array_equal(both.compute, schedule.compute)
+    full = guided(model)
+    options = {"emulate": True}
+    errors = [
+        float((guided(compile_eagerly(model, options | {"plan": plan})) - full).norm() / full.norm())
+        for plan in (both, naive)
+    ]
+    assert errors[0] == pytest.approx(both.measured["error"], rel=1e-3)
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_the_schedules_of_a_plan_are_those_it_was_made_of():
+    schedules = (((0, ()), (2, (1,)), (5, ())), ((0, ()), (3, (2,))))
+    compute = np.zeros((2, 6, 3), dtype=np.bool_)
+    for rows, schedule in zip(compute, schedules):
+        for step, blocks in schedule:
+            rows[step, [0, *(blocks or (1, 2))]] = True
+    plan = Plan(
+        "", "output+block", ("output", "a", "b"), tuple(range(6, 0, -1)), compute, np.zeros((2, 6, 3, 1)), ("0", "1")
+    )
+    assert schedules_of(plan) == schedules
