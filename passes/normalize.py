@@ -13,9 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._functorch._aot_autograd.functional_utils import has_data_mutation
+from torch.utils._sympy.functions import CleanDiv, FloorDiv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -23,6 +25,8 @@ from qc_compiler.costs import expression
 from qc_compiler.errors import UnsupportedModelError
 from qc_compiler.graph import GraphPass, Report, is_symbolic_number, placeholders, trace
 from qc_compiler.show import show
+
+_ARITHMETIC = (sympy.Add, sympy.Mul, sympy.Symbol, sympy.Integer, FloorDiv, CleanDiv)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def _take_sizes_from_inputs(gm: fx.GraphModule) -> None:
     made: dict[Any, fx.Node] = {}
     for node in sizes:
         expr = expression(node.meta["val"])
-        if not expr.is_Integer and expr.free_symbols <= inputs.keys():
+        is_arithmetic = all(isinstance(part, _ARITHMETIC) for part in sympy.preorder_traversal(expr))
+        if is_arithmetic and not expr.is_Integer and expr.free_symbols <= inputs.keys():
             if expr not in made:
                 with gm.graph.inserting_before(first):
                     made[expr] = sympy_interp(PythonReferenceAnalysis, inputs, expr).node
