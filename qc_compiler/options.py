@@ -16,8 +16,8 @@ CACHE_DTYPES = ("model", "int8", "fp8")
 PRUNES = ("srap",)
 
 # Presets fill in what the user leaves open. Measured on three trained models (image, video, text to image), 50 steps:
-# high 51 to 58 dB at 43 to 47 % of the work, balanced 47 to 52 dB at 34 %, fast 40 dB at 24 to 26 %; the pages joint_*
-# in benchmarks/results have their speed.
+# high 51 to 60 dB at 43 to 47 % of the work, balanced 47 to 55 dB at 34 %, fast 40 to 43 dB at 24 to 26 %; the pages
+# joint_* in benchmarks/results have their speed.
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"cache": "off"},
     "high": {"cache": "hlc", "level": "output", "cache_order": 2, "threshold": 0.003, "max_skip": 3},
