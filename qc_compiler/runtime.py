@@ -308,8 +308,8 @@ class GuardedGraph:
 
     def _history(self, state: StreamState, position: Position, coordinate: float) -> History:
         """Returns what a rule sees of a stream that has made a step."""
-        steps, timesteps = [step.resolve() for step in state.steps], [step.timestep for step in state.steps]
-        return History(steps, position.step, position.trajectory.num_steps, self.names, [*timesteps[-2:], coordinate])
+        steps, before = [step.resolve() for step in state.steps], [step.timestep for step in state.steps[-2:]]
+        return History(steps, position.step, position.trajectory.num_steps, self.names, [*before, coordinate])
 
     def _redundant(self, state: StreamState, position: Position, coordinate: float) -> NDArray[np.bool_]:
         """Returns bool (R,): which regions the rule for pruning leaves out; none whose slot is to be filled."""
