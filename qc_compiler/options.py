@@ -35,7 +35,8 @@ class Options:
         cache: The rule that decides when to compute: `off`, `static`, `hlc`, `tdc`, `first_block`, `teacache`,
             `magcache`.
         level: What is guarded: `output`, `network`, `group`, `block` or `sublayer`; with `output+` in front
-            (`output+block`) a plan may also skip whole steps.
+            (`output+block`) a plan may also skip whole steps. `output` is `output+block` where a rule for precisions
+            or for pruning reads the statistics of blocks.
         interval: Steps from one computation to the next (`static`).
         cache_order: Order of the extrapolation of a reused residual: 0 repeats it, 1 and 2 extrapolate.
         cache_dtype: How slots are stored: `model`, `int8` or `fp8` (a scale a token).
@@ -195,11 +196,13 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     if plan is not None and plan.quantization is not None:
         values["quantize"] = values.get("quantize") or plan.quantization.recipe
     if "level" not in given and _reads_blocks(values):
-        values["level"] = "output+block" if str(values.get("level")).startswith("output") else "block"
+        values.setdefault("level", "block")
     if plan is not None and (plan.compensation is not None or plan.attention) and values.get("cache") == "off":
         values.setdefault("level", "output")
     if plan is not None and plan.has_schedule:
-        values |= {"level": _finer(plan.level, values), "cache_order": plan.depth - 1}
+        values |= {"level": plan.level, "cache_order": plan.depth - 1}
+    if values.get("level") == "output" and _reads_blocks(values):
+        values["level"] = "output+block"
     disable = values.get("disable", ())
     if not isinstance(disable, (str, list, tuple)) or not all(isinstance(name, str) for name in disable):
         raise OptionError(f"disable={disable!r}: expected names of passes")
@@ -211,11 +214,6 @@ def _reads_blocks(values: Mapping[str, Any]) -> bool:
     """Whether a rule beside `cache` reads the statistics of blocks: that for precisions, or that for pruning."""
     quantize = values.get("quantize")
     return values.get("prune") is not None or (quantize is not None and recipe_of(quantize).rule is not None)
-
-
-def _finer(level: str, values: Mapping[str, Any]) -> str:
-    """Returns the level of a plan, with the blocks' statistics where a rule reads them."""
-    return "output+block" if level == "output" and _reads_blocks(values) else level
 
 
 def _read_plan(plan: Any) -> Plan | None:

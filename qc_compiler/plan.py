@@ -265,6 +265,10 @@ class Plan:
         weights = np.zeros((len(streams), len(timesteps), 0, 1), dtype=np.float32)
         return cls(fingerprint, "output", (), timesteps, compute, weights, streams, **known)
 
+    def compressed_like(self, other: "Plan") -> "Plan":
+        """Returns this schedule for a model with the linears, heads and pruned regions of another plan."""
+        return replace(self, quantization=other.quantization, attention=other.attention, pruned=other.pruned)
+
     @property
     def has_schedule(self) -> bool:
         return bool(self.regions)

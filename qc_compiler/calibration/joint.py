@@ -41,7 +41,7 @@ from torch.utils import _pytree as pytree
 from ..device_profile import clock
 from ..errors import OptionError, QuantCacheError
 from ..estimate import cost
-from ..formats.schemes import SCHEMES, recipe_of
+from ..formats.schemes import SCHEMES, WEIGHTS, Scheme, recipe_of
 from ..kernels import find_kernel
 from ..plan import Plan, Quantization
 from ..region_costs import Variant
@@ -60,7 +60,9 @@ RECIPES = dict.fromkeys(("w8a8", "fp8", "nvfp4", "w4a8"), (0.0,)) | {  # with th
     "importance": (4.5, 5.0, 6.0),
 }
 SAMPLES = 8  # that the linears are measured on
-OF_BITS = {4: "w4a8", 8: "w8a8"}  # of a linear, by the bits of its weight
+OF_BITS = {  # a linear's scheme, by the bits of its weight
+    bits: name for bits, weight in WEIGHTS.items() for name, s in SCHEMES.items() if s == Scheme(weight, "uint8")
+}
 DELTAS = (0.05, 0.2)  # of the heads
 WORTH = 0.03  # part of a step's time that a lever must be able to save
 SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
@@ -435,13 +437,11 @@ class JointPlanner:
         """Returns the plan with the schedule of the choice, whose weights are fitted to what the plan compresses."""
         if choice.calls == self.num_calls:
             return plan
-        bare = Plan.without_schedule("", plan.timesteps, plan.streams)
-        compression = {name: getattr(plan, name) for name in ("quantization", "attention", "pruned")}
-        options = {"plan": replace(bare, **compression), "emulate": self._is_emulated(choice)}
+        bare = Plan.without_schedule("", plan.timesteps, plan.streams).compressed_like(plan)
         _, schedules, gain = self._schedule(choice.calls)
-        search = self._search(self._compiled(**options if any(compression.values()) else {}), choice.calls)
+        search = self._search(self._compiled(plan=bare, emulate=self._is_emulated(choice)), choice.calls)
         search.gain = gain
-        return replace(search.plan(schedules), **compression)
+        return search.plan(schedules).compressed_like(plan)
 
     def _is_emulated(self, choice: Choice) -> bool:
         return choice.quantize is not None and choice.quantize not in self.levers.fast
@@ -497,12 +497,8 @@ class JointPlanner:
     # -- runs
 
     def _compiled(self, **options: Any) -> Any:
-        plan = options.get("plan")
-        if plan and plan.quantization and recipe_of(plan.quantization.recipe).rule:  # which reads statistics of blocks
-            options["level"] = "output+block"
-        return torch.compile(
-            self.module, backend=self.backend, options=COMPUTE_ALL | {"cache_order": DEPTH - 1} | options
-        )
+        options = COMPUTE_ALL | {"cache_order": DEPTH - 1} | options
+        return torch.compile(self.module, backend=self.backend, options=options)
 
     def _run(self, what: str, compiled: Any, pilot: Any) -> Tensor:
         result = run_steered(compiled, self.generate, pilot)

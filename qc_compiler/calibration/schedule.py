@@ -34,7 +34,6 @@ from torch import Tensor
 
 from ..errors import OptionError, QuantCacheError
 from ..extrapolation import polynomial_weights
-from ..formats.schemes import recipe_of
 from ..graph import RegionSpec
 from ..plan import Plan
 from ..registry import runtime_of
@@ -85,11 +84,9 @@ def find_schedule(
 def refitted(model: Any, generate: Callable[[Any], Any], plan: Plan, *, emulate: bool, backend: Any) -> Plan:
     """Returns a plan whose skipped steps are made as well as can be of what its compressed model predicts."""
     recording, module = Recording(), getattr(model, "_orig_mod", model)
-    reads_blocks = plan.quantization is not None and recipe_of(plan.quantization.recipe).rule is not None
-    options = COMPUTE_ALL | {"level": "output+block" if reads_blocks else plan.level, "cache_order": DEPTH - 1}
+    options = COMPUTE_ALL | {"level": plan.level, "cache_order": DEPTH - 1}
     reference = run_steered(torch.compile(module, backend=backend, options=options), generate, recording)
-    compression = {name: getattr(plan, name) for name in ("quantization", "attention", "pruned")}
-    bare = replace(Plan.without_schedule("", plan.timesteps, plan.streams), **compression)
+    bare = Plan.without_schedule("", plan.timesteps, plan.streams).compressed_like(plan)
     compiled = torch.compile(module, backend=backend, options=options | {"plan": bare, "emulate": emulate})
     search = ScheduleSearch(compiled, generate, recording, reference, plan.level)
     schedules = schedules_of(plan)

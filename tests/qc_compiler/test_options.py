@@ -335,6 +335,7 @@ def test_dmpq_leaves_activations_plain_where_there_are_outliers(ratio, activatio
         ({"cache": "off"}, "block"),
         ({"cache": "hlc"}, "block"),
         ({"cache": "hlc", "level": "sublayer"}, "sublayer"),
+        ({"level": "output"}, "output+block"),
         ({"plan": plan("output", regions=("output",))}, "output+block"),
         ({"plan": plan("block")}, "block"),
         ({"plan": plan("output", regions=("output",)), "level": "sublayer"}, "output+block"),
@@ -344,7 +345,7 @@ def test_a_rule_for_precisions_has_the_statistics_of_blocks(quantize, given, lev
     assert parse_options({"quantize": quantize} | given).level == level
 
 
-@pytest.mark.parametrize("given", [{"level": "network"}, {"plan": plan("network")}, {"level": "output"}])
+@pytest.mark.parametrize("given", [{"level": "network"}, {"plan": plan("network")}])
 def test_a_level_without_them_is_refused(given):
     with pytest.raises(OptionError, match="^quantize='dmpq' decides by the statistics of blocks: level="):
         parse_options({"quantize": "dmpq"} | given)
@@ -405,7 +406,7 @@ def test_srap_reads_the_statistics_of_blocks():
     assert not parse_options({"prune": "srap", "cache": "off"}).exact
 
 
-@pytest.mark.parametrize("level", ["output", "network", "sublayer", "output+sublayer"])
+@pytest.mark.parametrize("level", ["network", "sublayer", "output+sublayer"])
 def test_srap_refuses_levels_without_blocks(level):
     with pytest.raises(OptionError, match=f"level='{re.escape(level)}' must be 'block', 'group' or 'output"):
         parse_options({"prune": "srap", "cache": "static", "level": level})
