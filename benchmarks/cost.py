@@ -27,27 +27,26 @@ from qc_compiler.plan import Plan
 from qc_compiler.region_costs import Variant
 from sampling import load_dit, load_mmdit, load_model, resized
 
-REPEATS = 7
+REPEATS, FEW = 7, 2  # repeats of a trajectory, and its samples in the smaller batch
 ANCHORS = (0, 4, 5)  # everything computed, every block reused, the output reused
 COMPUTED, REUSED, PRUNED = Variant(depth=1), Variant("reused", depth=1), Variant("pruned")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model, the names of its stacks of blocks, its size, a larger one for the same weights, two batches."""
+    """A trained model, the names of its stacks of blocks, its size, a larger one for the same weights, its batch."""
 
     load: Callable[[], Any]
     stacks: tuple[str, ...]
     size: tuple[int, ...]
     large_size: tuple[int, ...]
     batch: int = 8
-    small_batch: int = 2
 
 
 SUBJECTS = {
     "image DiT": Subject(load_dit, ("blocks",), (1, 16, 16), (1, 32, 32)),
     "video STDiT": Subject(load_model, ("spatial_blocks", "temporal_blocks"), (1, 8, 16, 16), (1, 16, 16, 16)),
-    "MMDiT": Subject(load_mmdit, ("dual_blocks", "single_blocks"), (1, 64, 64), (1, 80, 80), 4, 1),
+    "MMDiT": Subject(load_mmdit, ("dual_blocks", "single_blocks"), (1, 64, 64), (1, 80, 80), 4),
 }
 
 
@@ -144,16 +143,16 @@ def predictor(
 def measure(subject: Subject) -> tuple[Estimate, list[Case]]:
     """Returns the estimate of a model and its cases."""
     model = subject.load().requires_grad_(False)
-    batch, small = subject.batch, subject.small_batch
-    args, few = inputs(model, batch, subject.size), inputs(model, small, subject.size)
+    batch = subject.batch
+    args, few = inputs(model, batch, subject.size), inputs(model, FEW, subject.size)
     estimate = qc_compiler.cost(model, *args)
-    cases = planned(f"batch {batch}", model, args, estimate) + planned(f"batch {small}", model, few, estimate)
+    cases = planned(f"batch {batch}", model, args, estimate) + planned(f"batch {FEW}", model, few, estimate)
     seconds = step_times(model, {"quantize": "w8a8", "cache": "off"}, args, 1)
     w8a8 = Variant(quantize="w8a8")
     cases.append(Case(f"batch {batch}, W8A8, no cache", seconds[0], predictor({}, estimate, args, w8a8)))
     large = resized(model, subject.large_size[1:]).requires_grad_(False)
-    large_args = inputs(model, small, subject.large_size)
-    title = f"batch {small}, {'×'.join(map(str, subject.large_size[1:]))}"
+    large_args = inputs(model, FEW, subject.large_size)
+    title = f"batch {FEW}, {'×'.join(map(str, subject.large_size[1:]))}"
     cases += planned(title, large, large_args, qc_compiler.cost(large, *large_args))
     names = prune_last(model, subject.stacks, 1)
     seconds = step_times(model, {"cache": "static", "interval": 1, "level": "block"}, args, 1)
