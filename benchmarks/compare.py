@@ -1,10 +1,10 @@
 """Where quantcache stands: ours, fewer steps and what a user would pick instead, on one trained model in one process.
 
 Every method runs the same model, seeds, labels and sampler. Quality is against the full computation (the model's own
-sampler at full steps), over several batches; times are of one trajectory of one batch, in turns with compiled Inductor.
-The first setting of each method is compiled cold (empty caches) and warm (caches on disk, as in the next process).
-`computed` is the share of the block computations that a method says it made; `memory` the most the process held beyond
-its weights.
+sampler at full steps), over several batches, a trajectory each, which are timed; between them compiled Inductor samples
+a batch. The first setting of each method is compiled cold (empty caches) and warm (caches on disk, as in the next
+process). `computed` is the share of the block computations that a method says it made; `memory` the most the process
+held beyond its weights in one trajectory.
 
 Rows are kept in `out/benchmarks`, so that an interrupted run goes on. Needs `pip install ".[peers]"`; the row of a peer
 that fails says so.
@@ -24,17 +24,18 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 import peers
 import qc_compiler
-from harness import RESULTS, computed_share, header, in_turns, remembered, remembered_plan, table, write
+from harness import RESULTS, computed_share, header, quantcache, remembered, remembered_plan, table, timed, write
 from joint import joint_plan
 from memory import peak, resident
 from qc_compiler.plan import Plan
-from subjects import SUBJECTS, Judge, Subject
+from subjects import CALIBRATION_SEED, SEED, SUBJECTS, Judge, Subject
 
-ROUNDS, MIB, SHARES = 2, 2**20, (0.33, 0.2, 0.1)
+MIB, SHARES = 2**20, (0.33, 0.2, 0.1)
 QUALITY = ("method", "computed", "× Inductor", "PSNR dB", "SSIM", "distance", "recognized", "Fréchet")
 COSTS = (
     "method",
@@ -84,7 +85,7 @@ def main() -> None:
     )
     text += (
         f"\n{subject.samples} samples in batches of {subject.batch}, {subject.steps} steps, guidance "
-        f"{subject.guidance}; times are means of {ROUNDS} trajectories (fastest–slowest).\n\n"
+        f"{subject.guidance}; times are medians of the trajectories (fastest–slowest).\n\n"
     )
     text += f"{table(QUALITY, [row[:8] for row in rows])}\n![frontier](compare_{args.model}.png)\n\n"
     text += table(COSTS, [(row[0], *row[8:]) for row in rows])
@@ -163,8 +164,8 @@ class Comparison:
         return quantcache(model, plan=remembered_plan(self.page, f"schedule_{share}", run))
 
     def on_unipc(self, model: Any) -> Any:
-        def samples(compiled: Any) -> torch.Tensor:
-            return self.subject.generate(compiled, seed=123, steps=20, solver="UniPC")
+        def samples(compiled: Any) -> Tensor:
+            return self.subject.generate(compiled, seed=CALIBRATION_SEED, steps=20, solver="UniPC")
 
         def run() -> Plan:
             return qc_compiler.calibrate(model, samples, share=0.5, level="output", progress=False)
@@ -190,51 +191,57 @@ class Comparison:
 
     def _measure(self, method: Method) -> tuple[str, ...]:
         subject = self.subject
-        model = method.make(self.model)
+        model, batches = method.make(self.model), subject.labels(subject.samples).split(subject.batch)
 
-        def run() -> torch.Tensor:
-            return subject.generate(model, steps=method.steps, solver=method.solver)
+        def run(i: int = 0) -> Tensor:
+            return subject.trajectory(model, batches[i], SEED + i, method.steps, method.solver)
 
-        torch._dynamo.reset()
-        compiling: list[float] = []
-        if method.line not in self._compiled:
-            self._compiled.add(method.line)
-            with fresh_cache():
-                for _ in range(2):
-                    compiling.append(seconds_of(run))
-                    torch._dynamo.reset()
-        subject.generate(self.inductor)  # compiles
-        run()
-        wall = seconds_of(run) if compiling else 0.0
-        plain, taken = in_turns([lambda: subject.generate(self.inductor), run], ROUNDS)
-        reset_peak()
-        before = resident()
-        samples = subject.generate(model, subject.samples, steps=method.steps, solver=method.solver)
-        memory = peak() - before
-        quality = self.judge(samples)
+        compiling = self._compiling(method, run)
+        subject.generate(self.inductor, steps=2)  # compiles
+        plain, taken, samples, memory = [], [], [], 0
+        for i in range(len(batches)):
+            if i % max(2, len(batches) // 2) == 0:
+                plain.append(timed(lambda: subject.generate(self.inductor))[0])
+            reset_peak()
+            before = resident()
+            seconds, found = timed(lambda i=i: run(i))  # type: ignore[misc]
+            memory = max(memory, peak() - before)
+            taken.append(seconds)
+            samples.append(found)
+        quality = self.judge(torch.cat(samples))
         share, slots = computed_share(model), None
         if hasattr(model, "_orig_mod") and share is not None:
             slots = qc_compiler.summary(model).peak_slot_bytes
-        seconds = statistics.mean(taken)
+        seconds = statistics.median(taken)
         return (
             method.name,
             "" if share is None else f"{share:.0%}",
-            f"{statistics.mean(plain) / seconds:.2f}",
+            f"{statistics.median(plain) / seconds:.2f}",
             *quality.cells(),
             f"{seconds:.2f} ({min(taken):.2f}–{max(taken):.2f})",
             f"{seconds / (method.steps or subject.steps) * 1e3:.1f}",
-            *([f"{max(0, total - wall):.1f}" for total in compiling] or ["", ""]),
+            *([f"{total:.1f}" for total in compiling] or ["", ""]),
             f"{bytes_of(module_of(model)) / MIB:.1f}",
             "" if slots is None else f"{slots / MIB:.2f}",
             f"{memory / MIB:.0f}",
         )
 
+    def _compiling(self, method: Method, run: Callable[[], Any]) -> list[float]:
+        """Compiles a method; returns the seconds that it took cold and warm, if no other of its line was timed yet."""
+        torch._dynamo.reset()
+        if method.line in self._compiled:
+            run()
+            return []
+        self._compiled.add(method.line)
+        with fresh_cache():
+            cold = wall_seconds(run)
+            torch._dynamo.reset()
+            warm = wall_seconds(run)
+        again = wall_seconds(run)
+        return [max(0.0, cold - again), max(0.0, warm - again)]
 
-def quantcache(model: Any, **options: Any) -> Any:
-    return torch.compile(model, backend="quantcache", options=options)
 
-
-def seconds_of(run: Callable[[], Any]) -> float:
+def wall_seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from qc_compiler.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 PLANS = Path(__file__).parent / "plans"
 INTERRUPTED = Path("out", "benchmarks")
@@ -47,15 +48,24 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def in_turns(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-    """Returns the seconds of each run, all of them once in every round; of one CPU thread by its own clock."""
-    now = clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """Returns the seconds of each run, all of them once in every round."""
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, taken in zip(runs, times):
-            start = now()
-            run()
-            taken.append(now() - start)
+            taken.append(timed(run)[0])
     return times
+
+
+def timed(run: Callable[[], T]) -> tuple[float, T]:
+    """Returns the seconds that a run took, of one CPU thread by its own clock, and its result."""
+    now = clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    start = now()
+    result = run()
+    return now() - start, result
+
+
+def quantcache(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="quantcache", options=options)
 
 
 def side_by_side(plain: Sequence[float], ours: Sequence[float]) -> tuple[str, str, str]:

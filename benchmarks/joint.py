@@ -19,11 +19,22 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import qc_compiler
-from harness import INTERRUPTED, RESULTS, computed_share, header, in_turns, remembered, remembered_plan, table, write
+from harness import (
+    INTERRUPTED,
+    RESULTS,
+    computed_share,
+    header,
+    in_turns,
+    quantcache,
+    remembered,
+    remembered_plan,
+    table,
+    write,
+)
 from sampling import DATA_RANGE, shift_times
 from subjects import SUBJECTS, Judge, Subject
 
-ROUNDS = 3
+ROUNDS = 2
 TARGETS = ("psnr=30", "psnr=35", "psnr=40", "speedup=6.72", "speedup=10")
 RETIMED = 30
 HEADINGS = ("what", "PSNR dB", "planned", "recognized", "× Inductor", "computed", "decided")
@@ -120,7 +131,7 @@ class Comparison:
         )
 
     def compiled(self, **options: Any) -> Any:
-        return torch.compile(self.model, backend="quantcache", options=options)
+        return quantcache(self.model, **options)
 
     def row(self, name: str, make: Callable[[], Any], plan: qc_compiler.Plan | None = None) -> tuple[str, ...]:
         return tuple(remembered(self.page, name, lambda: self.measure(name, make(), plan)))

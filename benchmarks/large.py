@@ -28,7 +28,7 @@ from torch import Tensor
 import harness  # noqa: F401 (puts the examples on the path)
 import qc_compiler
 from dit import DiT, DiTConfig
-from harness import computed_share, header, in_turns, remembered, remembered_plan, table, write
+from harness import computed_share, header, in_turns, quantcache, remembered, remembered_plan, table, write
 from mmdit import MMDiT, MMDiTConfig
 from qc_compiler.plan import HeadPlan, Plan
 from sampling import sample
@@ -163,7 +163,7 @@ class Comparison:
             torch.cuda.synchronize()
 
     def compiled(self, **options: Any) -> Any:
-        return torch.compile(self.model, backend="quantcache", options=options)
+        return quantcache(self.model, **options)
 
     # -- decisions of the small model
 

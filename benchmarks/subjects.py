@@ -58,13 +58,15 @@ class Subject:
             steps: 0 for the subject's.
             solver: "" for the examples' Euler steps, or a name in `SOLVERS`.
         """
-        count, steps, device = count or self.batch, steps or self.steps, device_of(model)
+        batches = self.labels(count or self.batch, seed).split(self.batch)
+        return torch.cat([self.trajectory(model, labels, seed + i, steps, solver) for i, labels in enumerate(batches)])
+
+    def trajectory(self, model: Model, labels: Tensor, seed: int, steps: int = 0, solver: str = "") -> Tensor:
+        """Returns samples of these labels; arguments as of `generate`."""
         run = functools.partial(solve, solver) if solver else sample
-        parts = []
-        for i, labels in enumerate(self.labels(count, seed).to(device).split(self.batch)):
-            getattr(model, "begin", lambda: None)()
-            parts.append(run(model, labels, steps, seed + i, self.guidance, self.size, shift=self.shift))
-        return torch.cat(parts)
+        getattr(model, "begin", lambda: None)()
+        labels = labels.to(device_of(model))
+        return run(model, labels, steps or self.steps, seed, self.guidance, self.size, shift=self.shift)
 
     def calibration_samples(self, model: Model) -> Tensor:
         """Returns one batch of another seed and other labels, as `generate` of `qc_compiler.calibrate`."""
