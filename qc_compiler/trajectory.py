@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .controllers import Step
-from .statistics import Statistic, Sum, ratios
+from .statistics import Statistic, ratios
 
 MAX_STREAMS = 8  # calls at one timestep; more than that is somebody timing a single step, not guidance
 JUMP = 1.0  # relL1 of an input to the call before: independent noise gives √2, one sampler step stays below 1
@@ -101,10 +101,9 @@ class PendingStep:
     def resolve(self) -> Step:
         """Returns the step as rules see it: no change below the noise floor."""
         if self.read is None:
-            sums = np.zeros((len(self.computed), len(Sum)), dtype=np.float32)
+            statistics = np.zeros((len(self.computed), len(Statistic)), dtype=np.float32)
             if self.pending:
-                sums[self.computed] = torch.stack(list(self.pending)).cpu().numpy()[self.computed]
-            statistics = ratios(sums)
+                statistics[self.computed] = ratios(torch.stack(list(self.pending)).cpu().numpy()[self.computed])
             if self.floor is not None:
                 change, floor = statistics[:, Statistic.CHANGE], np.where(self.computed, self.floor, 0)
                 self.num_bounded = int((change < floor).sum())
