@@ -8,7 +8,8 @@ so that T is least within an error, E is least within a time, or E is least with
 
     r_q, r_δ    of a step's time, measured, with nothing else changed; tried where `qc_compiler.cost`, which also gives
                 r_p, says that it saves anything
-    e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log) between
+    e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log) between,
+                and falling to 0 where all calls are computed
     e_q, e_δ    of the samples with nothing else changed, each measured by a run; a scheme may give each linear bits of
                 its own (`importance`) or each step (`dmpq`), measured on the recorded trajectory
     e_p         Σ h_b² of the blocks b left out: how far the prediction moves where b alone is left out, on the recorded
@@ -27,6 +28,7 @@ import inspect
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +54,7 @@ from .journal import Journal
 from .recording import COMPUTE_ALL, Recording, first_call, flat, run_steered
 from .removal import OneBlockLess
 from .samples import Calls
-from .schedule import DEPTH, Schedules, ScheduleSearch
+from .schedule import DEPTH, Schedules, ScheduleSearch, relative_error
 from .sites import SiteRunner
 
 RECIPES = dict.fromkeys(("w8a8", "fp8", "nvfp4", "w4a8"), (0.0,)) | {  # with the mean bits to try
@@ -76,6 +78,9 @@ class Target:
 
     kind: str
     value: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
 
 
 def parse_target(text: Any) -> Target:
@@ -168,6 +173,9 @@ class JointPlanner:
         """Returns a plan for each target, in their order."""
         with self._progress, torch._dynamo.config.patch(recompile_limit=1000):  # a graph for each compression
             self._measure({target.kind for target in targets})
+            for target in targets:
+                if target.kind == "memory":
+                    self._choose(target)  # raises what cannot be, before anything is built
             plans = [self._plan(target) for target in targets]
         torch._dynamo.eval_frame.reset_code(inspect.unwrap(self.module.forward).__code__)  # which would count later
         return plans
@@ -194,14 +202,16 @@ class JointPlanner:
         estimate = cost(self.module, *args, dynamic=False, **kwargs)
         self.estimate = estimate.anchored(full_seconds / self.num_calls, host_seconds=host)
         self.fingerprint = runtime_of(compiled).fingerprint
-        self._journal.open(self.fingerprint, self.reference)
+        self._journal.open(f"{self.fingerprint} {self.data_range}", self.reference)
         self.levers = Levers()
-        self._measure_schemes("memory" in kinds)
+        if set(kinds) != {"memory"}:
+            for share in SHARES:
+                if not self._schedules or not self._is_over:
+                    self._schedule(num_first * max(2, round(share * self.recording.num_steps)))
         self._measure_blocks()
+        self._measure_schemes("memory" in kinds)
         if set(kinds) != {"memory"}:
             self._measure_heads()
-            for share in SHARES:
-                self._schedule(num_first * max(2, round(share * self.recording.num_steps)))
 
     def _measure_schemes(self, needs_memory: bool) -> None:
         for scheme in filter(SCHEMES.__contains__, RECIPES):
@@ -219,6 +229,9 @@ class JointPlanner:
                 continue
             for bits in all_bits if needs_memory or is_fast else ():
                 scheme = f"{recipe} with {bits} bits" if len(all_bits) > 1 else recipe
+                if self._is_over:
+                    self.levers.reasons.append(f"{scheme}: {self.max_generations:.0f} generations were over")
+                    continue
                 if is_fast:
                     self.levers.fast.add(scheme)
                 plan = self._journal.plan(f"linears: {scheme}", lambda: self._quantized(scheme, recipe, bits))  # noqa: B023
@@ -263,6 +276,9 @@ class JointPlanner:
             self.levers.reasons.append(f"heads: half of all attention is {max(gain, 0):.0%} of a step")
             return
         for delta in DELTAS:
+            if self._is_over:
+                self.levers.reasons.append(f"heads: {self.max_generations:.0f} generations were over")
+                return
             try:
                 error, ratio = self._journal.get(f"heads, δ = {delta}", lambda: self._heads_alone(delta))  # noqa: B023
             except QuantCacheError as why:
@@ -315,11 +331,16 @@ class JointPlanner:
         )
 
     def _schedule_error(self, calls: int) -> float:
-        known = sorted(self._schedules)
         if calls >= self.num_calls:
             return 0.0
-        logs = [math.log(max(self._schedules[count][0], 1e-12)) for count in known]
-        return math.exp(float(np.interp(math.log(calls), np.log(known), logs)))
+        known = sorted(self._schedules)
+        errors = [max(self._schedules[count][0], 1e-12) for count in known]
+        if calls > known[-1]:  # to nothing where all are computed
+            return errors[-1] * (self.num_calls - calls) / (self.num_calls - known[-1])
+        if calls < known[0] and len(known) > 1:
+            slope = math.log(errors[1] / errors[0]) / math.log(known[1] / known[0])
+            return errors[0] * (calls / known[0]) ** min(slope, 0.0)
+        return math.exp(float(np.interp(math.log(calls), np.log(known), np.log(errors))))
 
     # -- the choice
 
@@ -384,23 +405,25 @@ class JointPlanner:
     # -- what is built
 
     def _plan(self, target: Target) -> Plan:
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             choice = self._settled(target)
-            is_over = self.generations > self.max_generations and self._best(target) is not None
-            if choice in self._built or is_over:
+            if choice in self._built or (self._is_over and (number > 0 or self._best(target) is not None)):
                 break
             self._built[choice] = self._journal.plan(f"plan: {choice}", lambda: self._build(choice))  # noqa: B023
             self._correct(choice, self._built[choice])
         best = self._best(target)
         if best is None:  # nothing meets it: the nearest
             best = max(self._built.values(), key=lambda plan: plan.measured[target.kind])
+            missed = f"target {target} was not reached: {best.measured[target.kind]:.4g} is the most of what was built"
+            warnings.warn(f"quantcache: {missed}", stacklevel=2)
+            best = replace(best, reasons=(*best.reasons, missed))
         return best
 
     def _settled(self, target: Target) -> Choice:
         """Returns the choice once it rests on a schedule that was searched, not on one between others."""
         choice = self._choose(target)
         for _ in range(ROUNDS):
-            if choice.calls in (self.num_calls, *self._schedules) or self.generations > self.max_generations:
+            if choice.calls in (self.num_calls, *self._schedules) or self._is_over:
                 break
             self._schedule(choice.calls)
             choice = self._choose(target)
@@ -480,7 +503,7 @@ class JointPlanner:
         noise = (error**2 - self._schedule_error(choice.calls) ** 2) / self.growth
         if noise > 0:
             surplus = plan.measured["error"] ** 2 - self._schedule_error(choice.calls) ** 2
-            self.growth = max(surplus / noise, 0.1)
+            self.growth = min(max(surplus / noise, 0.1), 10.0)  # where noise is little of the error it says little
         if not self._is_emulated(choice):
             self.slowness *= speedup / plan.measured["speedup"]
 
@@ -527,13 +550,20 @@ class JointPlanner:
             self._task, completed=self.generations, description=what, spent=f"{self.generations:.1f} generations"
         )
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether nothing new may be tried."""
+        return self.generations > self.max_generations
+
     def _error(self, samples: Tensor) -> float:
-        return float((samples - self.reference).norm() / self.reference.norm())
+        return relative_error(samples, self.reference)
 
     def _psnr(self, error: float) -> float:
         spread = self.data_range or float(self.reference.max() - self.reference.min())
         mean_square = (error * float(self.reference.norm())) ** 2 / self.reference.numel()
-        return 10 * math.log10(spread**2 / mean_square) if mean_square > 0 else math.inf
+        if mean_square == 0:
+            return math.inf
+        return 10 * math.log10(spread**2 / mean_square) if math.isfinite(mean_square) else -math.inf
 
 
 def _narrowest(recipe: str) -> str:

@@ -7,6 +7,7 @@ quantization    what each linear needs, on the cached trajectory          (sampl
 compensation    what both together did to the variance of the output      (variance.py)
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,11 @@ from .schedule import find_schedule, refitted
 from .selection import SELECTIONS
 from .sites import SiteRunner
 from .variance import fit_compensation
+
+DECIDED_BY_TARGET = (
+    "share", "plan", "quantize", "bits", "attention", "windows", "token_order", "compensate", "budget", "level",
+    "samples", "selection", "emulate",
+)  # fmt: skip
 
 
 def calibrate(
@@ -100,8 +106,10 @@ def calibrate(
         QuantCacheError: `generate` did not run the model over several steps.
     """
     if target is not None:
-        if plan is not None or quantize is not None or attention is not None or compensate:
-            raise OptionError("target=… decides schedule, linears, heads and pruning: leave those arguments out")
+        arguments, defaults = locals(), inspect.signature(calibrate).parameters
+        for name in DECIDED_BY_TARGET:
+            if arguments[name] != defaults[name].default:
+                raise OptionError(f"target={target!r} decides what {name} would: leave {name} out")
         targets = [parse_target(text) for text in ([target] if isinstance(target, str) else target)]
         planner = JointPlanner(
             model,

@@ -1,5 +1,6 @@
 """Looks over the runtime's shoulder: what went into a model and came out of it at every step of a trajectory."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, QuantCacheError
 from ..registry import runtime_of
-from ..runtime import GuardedGraph
+from ..runtime import GuardedGraph, Runtime
 from ..trajectory import Position
 
 COMPUTE_ALL: dict[str, Any] = {"cache": "static", "interval": 1, "level": "output", "strict": True}  # every step
@@ -109,12 +110,8 @@ def flat(value: Tensor) -> Tensor:
 
 def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Tensor:
     """Runs `generate` once with `pilot` at the helm of the runtime; returns its samples."""
-    try:
-        runtime_of(compiled).pilot = pilot
-    except QuantCacheError:  # not compiled yet: the first run is computed in full anyway
-        generate(compiled)
-        runtime_of(compiled).pilot = pilot
-    runtime = runtime_of(compiled)
+    runtime = compiled_runtime(compiled, generate)
+    runtime.pilot = pilot
     try:
         runtime.reset()
         result = generate(compiled)
@@ -125,8 +122,26 @@ def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Te
     return flat(result)
 
 
+def compiled_runtime(compiled: Any, generate: Callable[[Any], Any]) -> Runtime:
+    """Returns the runtime of a compiled model; the first call of `generate` compiles it, if nothing has."""
+    with contextlib.suppress(QuantCacheError):
+        return runtime_of(compiled)
+
+    def stop(*_: Any) -> None:
+        raise _Called
+
+    handle = compiled.register_forward_hook(stop)
+    try:
+        generate(compiled)
+    except _Called:
+        pass
+    finally:
+        handle.remove()
+    return runtime_of(compiled)
+
+
 class _Called(Exception):
-    """Carries the arguments of a model's first call."""
+    """Ends a generation at the model's first call; carries its arguments."""
 
 
 def first_call(module: nn.Module, generate: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -14,7 +14,7 @@ class OneBlockLess:
     """Leaves one block out of each call, another each time, and keeps the trajectory on its recorded path."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self._turn, self._name = recording, 0, ""
+        self.recording, self._name = recording, ""
         self._errors: dict[str, list[float]] = {}
 
     def decide(
@@ -22,8 +22,8 @@ class OneBlockLess:
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32], None]:
         names = [name for name, can in zip(graph.names, graph._prunable) if can and name not in ("output", "probe")]
         compute = np.ones(len(graph.names), dtype=np.bool_)
-        self._name = names[self._turn % len(names)] if names else ""
-        self._turn += 1
+        turn = list(self.recording.outputs).index(position.stream) * self.recording.num_steps + position.step
+        self._name = names[turn % len(names)] if names else ""  # in each stream one after the other
         if self._name:
             compute[graph.names.index(self._name)] = False
         return compute, np.zeros((len(graph.names), graph.interface.depth), dtype=np.float32), None

@@ -36,11 +36,10 @@ from ..errors import OptionError, QuantCacheError
 from ..extrapolation import polynomial_weights
 from ..graph import RegionSpec
 from ..plan import Plan
-from ..registry import runtime_of
 from ..runtime import GuardedGraph, Runtime
 from ..trajectory import Position, StreamState
 from ..trajectory_summary import computed_share
-from .recording import COMPUTE_ALL, Recording, flat, run_steered
+from .recording import COMPUTE_ALL, Recording, compiled_runtime, flat, run_steered
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
 GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
@@ -162,18 +161,14 @@ class ScheduleSearch:
         """Returns the relative error of the samples, and the run with its fitted weights."""
         if (schedules, gain) not in self._measured:
             loop = ClosedLoop(self.recording, schedules, len(self._runtime.interface.regions), gain)  # type: ignore[union-attr]
-            error = _relative(run_steered(self.compiled, self.generate, loop), self.reference)
+            error = relative_error(run_steered(self.compiled, self.generate, loop), self.reference)
             self._measured[schedules, gain] = error, loop
             self.tell(f"{loop.compute[..., 0].mean():.0%} of the steps: last error {error:.1e}")
         return self._measured[schedules, gain]
 
     @property
     def _runtime(self) -> Runtime:
-        try:
-            return runtime_of(self.compiled)
-        except QuantCacheError:  # not compiled yet
-            self.generate(self.compiled)
-            return runtime_of(self.compiled)
+        return compiled_runtime(self.compiled, self.generate)
 
     def _best(self, candidates: Sequence[Schedules]) -> Schedules:
         return min(candidates, key=lambda schedules: self.measure(schedules, self.gain)[0])
@@ -402,5 +397,7 @@ def _fit(basis: Tensor, wanted: Tensor, prior: NDArray[np.float32]) -> NDArray[n
     return (start + step).float().numpy()
 
 
-def _relative(result: Tensor, reference: Tensor) -> float:
-    return float((result - reference).norm() / reference.norm())
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """Returns ‖result − reference‖ / ‖reference‖; infinite where the result has NaN."""
+    error = float((result - reference).norm() / reference.norm())
+    return error if math.isfinite(error) else math.inf

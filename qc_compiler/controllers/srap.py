@@ -2,7 +2,7 @@
 
     S = cos(x, y)                             of a block's input and output, at its last computed step
     pruned        if S > τ_high
-    pruned with   P = P_base · 2·V̄ / (V̄ + V)  if τ_low < S ≤ τ_high;  V: its last change, V̄: the mean of its changes
+    pruned with   P = P_base · 2·V̄ / (V̄ + V)  if τ_low < S ≤ τ_high;  V: its last change a step, V̄: their mean
 
 so that stillness raises the probability and motion lowers it. The paper compares the outputs of adjacent layers, of
 which the later is not known before it is computed; ours is the block's own pair of the last computed step. In a plain
@@ -12,6 +12,7 @@ gives no threshold.
 """
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,8 +58,11 @@ class SRAP:
         return within and _uniform(self.seed, history.index, name) < self._probability(history, region)
 
     def _probability(self, history: History, region: int) -> float:
-        changes = [float(step.statistics[region, Statistic.CHANGE]) for step in history.computed_at(region)[1:]]
-        total = sum(changes) + len(changes) * changes[-1] if changes else 0.0  # n·(V̄ + V); the first has no change
+        changes = [
+            float(step.statistics[region, Statistic.CHANGE]) / (step.index - before.index)
+            for before, step in itertools.pairwise(history.computed_at(region))
+        ]
+        total = sum(changes) + len(changes) * changes[-1] if changes else 0.0  # n·(V̄ + V)
         return self.base * 2 * sum(changes) / total if total != 0 else self.base
 
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -86,9 +87,10 @@ def test_what_is_no_target(text):
         parse_target(text)
 
 
-@pytest.mark.parametrize("other", [{"quantize": "w8a8"}, {"attention": 0.4}, {"compensate": True}])
+@pytest.mark.parametrize("other", [{"quantize": "w8a8"}, {"attention": 0.4}, {"compensate": True}, {"level": "output"}])
 def test_a_target_decides_everything(model, other):
-    with pytest.raises(OptionError, match="leave those arguments out"):
+    (name,) = other
+    with pytest.raises(OptionError, match=f"^target='psnr=35' decides what {name} would: leave {name} out$"):
         qc_compiler.calibrate(model, guided, target="psnr=35", **other)
 
 
@@ -114,6 +116,18 @@ def test_a_block_that_does_nothing_does_no_harm_and_the_path_is_kept():
     assert set(harms) == {"blocks.0", "blocks.1", "blocks.2"}
     assert harms["blocks.1"] < 1e-6 < min(harms["blocks.0"], harms["blocks.2"])
     torch.testing.assert_close(found, reference.reshape(-1))
+
+
+def test_each_block_is_left_out_in_every_stream():
+    recording = SimpleNamespace(outputs={"0": [], "1": []}, num_steps=4)
+    graph = SimpleNamespace(
+        names=("output", "blocks.0", "blocks.1"), _prunable=(False, True, True), interface=SimpleNamespace(depth=1)
+    )
+    pilot, left_out = OneBlockLess(recording), set()
+    for step, stream in itertools.product(range(4), "01"):
+        compute, _, _ = pilot.decide(graph, SimpleNamespace(step=step, stream=stream), None)
+        left_out.add((stream, int(np.argmin(compute))))
+    assert left_out == {("0", 1), ("0", 2), ("1", 1), ("1", 2)}
 
 
 def test_targets_are_met_as_the_plans_say(model, planned):
@@ -209,15 +223,15 @@ def test_a_lever_that_saves_no_time_here_is_dropped(ratio, kept, planned, monkey
 def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     path = tmp_path / "calibration.json"
     monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
+    first, again, third = (planner_for(model, resume=path) for _ in range(3))
     with monkeypatch.context() as patch:
-        patch.setattr(JointPlanner, "_find", lambda self, calls: 1 / 0)
+        patch.setattr(JointPlanner, "_measure_blocks", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            planner_for(model, resume=path).plans([])
-    assert "blocks" in json.loads(path.read_text())
-    again, third = (planner_for(model, resume=path) for _ in range(2))
+            first.plans([])
+    assert any(name.endswith(" calls") for name in json.loads(path.read_text()))
     again.plans([])
     third.plans([])
-    assert third.generations < again.generations / 2
+    assert third.generations < again.generations < first.generations / 2
     assert third._schedules == again._schedules
     assert third.levers == again.levers
 
@@ -239,9 +253,28 @@ def test_another_models_file_is_not_believed(tmp_path):
 def test_the_number_of_generations_is_bounded(model, monkeypatch):
     monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
     planner = planner_for(model, max_generations=1.0)
-    (plan,) = planner.plans([Target("psnr", 50.0)])
+    with pytest.warns(UserWarning, match=r"target speedup=1000 was not reached: [\d.]+ is the most"):
+        (plan,) = planner.plans([Target("speedup", 1000.0)])
     assert plan.measured["generations"] == planner.generations
     assert len(planner._built) == 1
+    assert "target speedup=1000 was not reached" in plan.reasons[-1]
+    assert "heads: 1 generations were over" in plan.reasons
+    assert list(planner._schedules) == [4]  # the first of `SHARES`
+
+
+def test_samples_that_are_no_numbers_have_the_worst_quality(planned):
+    planner = planned[0]
+    broken = planner._error(torch.full_like(planner.reference, torch.nan))
+    assert (broken, planner._psnr(broken), planner._psnr(0.0)) == (np.inf, -np.inf, np.inf)
+
+
+def test_the_error_of_a_schedule_falls_with_its_calls(planned, monkeypatch):
+    planner = planned[0]
+    monkeypatch.setattr(planner, "_schedules", {4: (0.4, (), 0.1), 8: (0.1, (), 0.1)})
+    monkeypatch.setattr(planner, "num_calls", 24)
+    found = [planner._schedule_error(calls) for calls in (2, 4, 8, 16, 24)]
+    assert found == pytest.approx([1.6, 0.4, 0.1, 0.05, 0.0])
+    assert 0.1 < planner._schedule_error(6) < 0.4
 
 
 def test_predictions_are_corrected_by_what_was_built(planned, monkeypatch):

@@ -51,6 +51,11 @@ def test_after_one_computed_step_the_probability_is_the_base():
     assert share(after(0.99, (9e9,), [[1]])) == pytest.approx(0.5, abs=0.04)
 
 
+def test_a_change_counts_by_the_steps_that_it_took():
+    computed = [[1], [1], [0], [0], [0], [1]]
+    assert share(after(0.99, (9e9, 0.1, 0, 0, 0, 0.4), computed)) == pytest.approx(0.5, abs=0.04)
+
+
 def test_the_lower_limit_is_four_times_as_far_from_one():
     assert share(after(0.961), threshold=0.99) == pytest.approx(0.5, abs=0.04)
     assert share(after(0.959), threshold=0.99) == 0
