@@ -12,6 +12,7 @@ from head_plans import head_plan, plan_for, run_steps
 from qc_compiler.attention import CACHED, FULL
 from qc_compiler.backend import quantcache
 from qc_compiler.inductor import compile_graph
+from qc_compiler.plan import Plan
 from small_blocks import Stack, attend
 from tiny_models import tiny_dit
 
@@ -101,3 +102,16 @@ def test_heads_do_what_they_do_in_the_graph_and_full_ones_what_inductor_does():
     assert len(graphs) == 1
     plain = torch.compile(tiny_dit(1), fullgraph=True)
     assert torch.equal(found[1], torch.stack(run_steps(plain, 3)))
+
+
+def test_a_neutral_plan_is_inductor():
+    """One that computes all blocks at all steps, of whatever level; its guards stand in the graph."""
+    model = tiny_dit(1)
+    expected = torch.stack(run_steps(torch.compile(model, fullgraph=True), 3))
+    for level, regions in {"output": ("output",), "output+block": ("output", "blocks.0")}.items():
+        torch._dynamo.reset()
+        compute = np.ones((1, 3, len(regions)), dtype=np.bool_)
+        plan = Plan("", level, regions, (1000.0, 900.0, 800.0), compute, np.ones((*compute.shape, 1), np.float32))
+        compiled = torch.compile(model, backend="quantcache", options={"plan": plan}, fullgraph=True)
+        assert torch.equal(torch.stack(run_steps(compiled, 3)), expected)
+        assert qc_compiler.summary(compiled).computed_share == 1
