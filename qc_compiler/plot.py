@@ -29,7 +29,9 @@ def draw_map(summary: "Summary", path: str | Path) -> None:
 
     - the regions: computed, reused or pruned;
     - the attentions, if they are head-wise: the part of their query–key pairs that was computed;
-    - the linears, if their precision changes from step to step: its scheme.
+    - the linears, if their precision changes from step to step: its scheme;
+
+    and above them what holds at every step.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,6 +43,8 @@ def draw_map(summary: "Summary", path: str | Path) -> None:
     panels = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, each in zip(panels, maps):
         _draw(panel, each)
+    if summary.always:
+        figure.suptitle(f"at every step: {'; '.join(summary.always)}", fontsize=9, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
 
 

@@ -1,7 +1,7 @@
 """What the last trajectory of a model computed and reused: as data, as a table, as a picture."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .costs import hint
 from .errors import QuantCacheError
 from .graph import AttentionSite, Interface, RegionSpec
 from .registry import runtime_of
+from .runtime import Runtime
 from .statistics import Statistic
 from .trajectory import StreamState
 
@@ -61,6 +62,7 @@ class Summary:
         schemes: What the numbers in `precision` stand for, as weight/activation.
         kept_bytes: What the attention heads that later steps reuse take, of one stream.
         sites, layers: Names of the linears of `precision` and of the attentions of `attended`.
+        always: What holds at every step: how the linears are quantized, which regions have left the graph.
     """
 
     regions: tuple[RegionSpec, ...]
@@ -72,6 +74,7 @@ class Summary:
     kept_bytes: int = 0
     sites: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
 
     @property
     def precision_shares(self) -> dict[str, float]:
@@ -126,6 +129,8 @@ class Summary:
             if any(stream.attended is not None for stream in self.streams):
                 pairs, kept = f"{self.attended_share:.0%}".replace("%", " %"), _bytes(self.kept_bytes)
                 console.print(f"attention: {pairs} of query–key pairs · kept heads {kept} a stream", highlight=False)
+            for decision in self.always:
+                console.print(f"at every step: {decision}", highlight=False)
             for note in self.notes:
                 console.print(f"plain Inductor: {note}", highlight=False)
         return capture.get()
@@ -185,7 +190,16 @@ def summarize(model: Any) -> Summary:
         sum(math.prod(map(hint, layer.shape)) * layer.dtype.itemsize for layer in interface.layers),
         tuple(site.name for site in interface.sites),
         tuple(layer.name for layer in interface.layers),
+        tuple(_always(runtime)),
     )
+
+
+def _always(runtime: Runtime) -> Iterator[str]:
+    options = runtime.options
+    if runtime.quantizes and not options.chooses_precision:
+        yield f"linears {options.quantize}"
+    if options.pruned:
+        yield f"without {', '.join(options.pruned)}"
 
 
 def _stream_summary(name: str, state: StreamState, interface: Interface) -> StreamSummary:

@@ -42,6 +42,18 @@ def test_summary_prints_a_row_a_region(summary):
     assert "computed share 0.250 over 1 stream" in text
 
 
+def test_what_holds_at_every_step_is_said(tmp_path, summary):
+    plan = Plan.without_schedule("", pruned=("blocks.0", "blocks.2/mlp"))
+    options = {"cache": "static", "level": "block", "quantize": "w8a8", "emulate": True, "plan": plan}
+    model = torch.compile(tiny_dit(), backend=backend, options=options)
+    sample(model, 2)
+    found = qc_compiler.summary(model)
+    assert found.always == ("linears w8a8", "without blocks.0, blocks.2/mlp")
+    assert "at every step: linears w8a8" in str(found)
+    found.plot(tmp_path / "map.png")
+    assert summary.always == ()
+
+
 def test_what_was_pruned_is_told_from_what_was_reused(tmp_path):
     """blocks.0 is pruned at the second step, where blocks.1 is reused."""
     compute = np.array([[True] * 3, [False, False, True]])
