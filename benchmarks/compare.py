@@ -1,10 +1,10 @@
 """Where quantcache stands: ours, fewer steps and what a user would pick instead, on one trained model in one process.
 
 Every method runs the same model, seeds, labels and sampler. Quality is against the full computation (the model's own
-sampler at full steps), over several batches, a trajectory each, which are timed; between them compiled Inductor samples
-a batch. The first setting of each method is compiled cold (empty caches) and warm (caches on disk, as in the next
-process). `computed` is the share of the block computations that a method says it made; `memory` the most the process
-held beyond its weights in one trajectory.
+sampler at full steps), over several batches, a trajectory each; all but the first are timed, and compiled Inductor
+samples between them. The first setting of each method is compiled cold (empty caches) and warm (caches on disk, as in
+the next process). `computed` is the share of the block computations that a method says it made; `memory` the most the
+process held beyond its weights in one trajectory.
 
 Rows are kept in `out/benchmarks`, so that an interrupted run goes on. Needs `pip install ".[peers]"`; the row of a peer
 that fails says so.
@@ -17,9 +17,9 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,6 +35,7 @@ from memory import peak, resident
 from qc_compiler.plan import Plan
 from subjects import CALIBRATION_SEED, SEED, SUBJECTS, Judge, Subject
 
+T = TypeVar("T")
 MIB, SHARES = 2**20, (0.33, 0.2, 0.1)
 QUALITY = ("method", "computed", "× Inductor", "PSNR dB", "SSIM", "distance", "recognized", "Fréchet")
 COSTS = (
@@ -97,8 +98,10 @@ class Comparison:
     """A subject, its full computation and compiled Inductor to be timed against."""
 
     def __init__(self, name: str) -> None:
+        self.name, self.page, self.calibration_samples = name, f"compare_{name}", SUBJECTS[name].calibration_samples
         self.subject: Subject = SUBJECTS[name]
-        self.name, self.page = name, f"compare_{name}"
+        if self.subject.is_text:  # one prompt at a time: it is by far the slowest
+            self.subject = replace(self.subject, batch=1, samples=4)
         self.model: Any = self.subject.load().requires_grad_(False)
         self.inductor = torch.compile(self.model)
         self.judge = Judge(self.subject, self.subject.generate(self.inductor, self.subject.samples))
@@ -158,14 +161,13 @@ class Comparison:
 
     def scheduled(self, model: Any, share: float) -> Any:
         def run() -> Plan:
-            samples = self.subject.calibration_samples
-            return qc_compiler.calibrate(model, samples, share=share, level="output", progress=False)
+            return qc_compiler.calibrate(model, self.calibration_samples, share=share, level="output", progress=False)
 
         return quantcache(model, plan=remembered_plan(self.page, f"schedule_{share}", run))
 
     def on_unipc(self, model: Any) -> Any:
         def samples(compiled: Any) -> Tensor:
-            return self.subject.generate(compiled, seed=CALIBRATION_SEED, steps=20, solver="UniPC")
+            return SUBJECTS[self.name].generate(compiled, seed=CALIBRATION_SEED, steps=20, solver="UniPC")
 
         def run() -> Plan:
             return qc_compiler.calibrate(model, samples, share=0.5, level="output", progress=False)
@@ -173,7 +175,7 @@ class Comparison:
         return quantcache(model, plan=remembered_plan(self.page, "schedule_on_unipc", run))
 
     def mag_cache(self, model: Any) -> Any:
-        return peers.mag_cache(model, self.subject.steps, 0.06, self.subject.calibration_samples)
+        return peers.mag_cache(model, self.subject.steps, 0.06, self.calibration_samples)
 
     def row(self, method: Method) -> tuple[str, ...]:
         return tuple(remembered(self.page, method.name, lambda: self.measure(method)))
@@ -196,11 +198,11 @@ class Comparison:
         def run(i: int = 0) -> Tensor:
             return subject.trajectory(model, batches[i], SEED + i, method.steps, method.solver)
 
-        compiling = self._compiling(method, run)
+        first, compiling = self._compiling(method, run)
         subject.generate(self.inductor, steps=2)  # compiles
-        plain, taken, samples, memory = [], [], [], 0
-        for i in range(len(batches)):
-            if i % max(2, len(batches) // 2) == 0:
+        plain, taken, samples, memory = [], [], [first], 0
+        for i in range(1, len(batches)):
+            if (i - 1) % max(1, len(batches) // 3) == 0:
                 plain.append(timed(lambda: subject.generate(self.inductor))[0])
             reset_peak()
             before = resident()
@@ -226,25 +228,24 @@ class Comparison:
             f"{memory / MIB:.0f}",
         )
 
-    def _compiling(self, method: Method, run: Callable[[], Any]) -> list[float]:
-        """Compiles a method; returns the seconds that it took cold and warm, if no other of its line was timed yet."""
+    def _compiling(self, method: Method, run: Callable[[], Tensor]) -> tuple[Tensor, list[float]]:
+        """Compiles a method; returns a batch, and the seconds cold and warm of the first setting of its line."""
         torch._dynamo.reset()
         if method.line in self._compiled:
-            run()
-            return []
+            return run(), []
         self._compiled.add(method.line)
         with fresh_cache():
-            cold = wall_seconds(run)
+            cold, _ = wall_seconds(run)
             torch._dynamo.reset()
-            warm = wall_seconds(run)
-        again = wall_seconds(run)
-        return [max(0.0, cold - again), max(0.0, warm - again)]
+            warm, _ = wall_seconds(run)
+        again, batch = wall_seconds(run)
+        return batch, [max(0.0, cold - again), max(0.0, warm - again)]
 
 
-def wall_seconds(run: Callable[[], Any]) -> float:
+def wall_seconds(run: Callable[[], T]) -> tuple[float, T]:
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    result = run()
+    return time.perf_counter() - start, result
 
 
 def bytes_of(model: torch.nn.Module) -> int:
