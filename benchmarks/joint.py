@@ -65,11 +65,12 @@ def main() -> None:
         f"One plan for everything: the {how.title}",
         f"OMP_NUM_THREADS=1 python benchmarks/joint.py --model {args.model}",
     )
-    text += (
-        f"\n{how.batch} samples, {how.steps} steps, guidance {how.guidance}; calibrated on other seeds and labels.\n\n"
-    )
+    plans = [joint_plan(args.model, comparison.model, target) for target in TARGETS]
+    generations = max(plan.measured["generations"] for plan in plans)
+    text += f"\n{how.batch} samples, {how.steps} steps, guidance {how.guidance}; calibrated on other seeds and labels, "
+    text += f"{generations:.0f} generations for all joint plans.\n\n"
     text += f"{table(HEADINGS, rows)}\n![frontier](joint_{args.model}.png)\n"
-    draw(rows, [joint_plan(args.model, comparison.model, target) for target in TARGETS], args.model)
+    draw(rows, plans, args.model)
     write(f"joint_{args.model}.md", text)
 
 
@@ -83,7 +84,6 @@ def joint_plan(name: str, model: Any, target: str) -> qc_compiler.Plan:
             SUBJECTS[name].calibration_samples,
             target=TARGETS,
             data_range=DATA_RANGE,
-            max_generations=SUBJECTS[name].max_generations,
             resume=INTERRUPTED / f"{page}.calibration",
             progress=False,
         )

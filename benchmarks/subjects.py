@@ -27,7 +27,6 @@ class Subject:
         size: Of a sample, (C, H, W) or (C, F, H, W).
         batch: Samples of one trajectory.
         samples: That are compared; what is calibrated or timed is one batch.
-        max_generations: Of the planner.
     """
 
     title: str
@@ -38,7 +37,6 @@ class Subject:
     steps: int = 50
     guidance: float = 2.0
     shift: float = 1.0
-    max_generations: float = 60.0
 
     @property
     def is_text(self) -> bool:
@@ -82,9 +80,7 @@ class Subject:
 SUBJECTS = {
     "video": Subject("video DiT", load_model, (1, 8, 16, 16), batch=8, samples=24),
     "image": Subject("image DiT", load_dit, (1, 16, 16), batch=8, samples=200),
-    "text": Subject(
-        "MMDiT", load_mmdit, (1, 64, 64), batch=2, samples=8, guidance=2.5, shift=4.0, max_generations=30.0
-    ),
+    "text": Subject("MMDiT", load_mmdit, (1, 64, 64), batch=2, samples=8, guidance=2.5, shift=4.0),
 }
 
 
