@@ -2,22 +2,23 @@
 
     choose      c calls to compute (of S·N), a scheme q of the linears, δ of the heads, p blocks to prune
     time        T = c·t·r_q·r_δ·r_p + (S·N − c)·t₀           t and t₀ of a computed and of a reused call, measured
-    error       E² = e_c² + g·(e_q² + e_δ² + e_p²)           relative, of the samples; g = 1 until it is measured
+    error       E² = e_c² + g·(e_q² + e_δ² + e_p²)           relative, of the samples; g is about 1
 
 so that T is least within an error, E is least within a time, or E is least within the bytes of the weights. The parts:
 
     r_q, r_δ    of a step's time, measured, with nothing else changed; tried where `qc_compiler.cost`, which also gives
                 r_p, says that it saves anything
-    e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log) between,
-                and falling to 0 where all calls are computed
+    e_c         of the best schedule found for c calls; searched twice as long where the choice falls, interpolated
+                (log–log) between, and falling to 0 where all calls are computed
     e_q, e_δ    of the samples with nothing else changed, each measured by a run; a scheme may give each linear bits of
                 its own (`importance`) or each step (`dmpq`), measured on the recorded trajectory
     e_p         Σ h_b² of the blocks b left out: how far the prediction moves where b alone is left out, on the recorded
                 path, one block a call, in one run; the blocks that cost least error for their time come first
 
 What is chosen is built: schedule, heads on the cached trajectory, linears on that, and last the weights of the skipped
-steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run, g and t are
-corrected by what came out, and it is chosen again, until the choice has been built already.
+steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run; what came
+out counts for this choice from now on, and corrects g and t of those that compress alike (heads save less on a cached
+trajectory, where fewer can be stale). Then it is chosen again, until the choice has been built already.
 
 Source: ours. The interactions are those of Q&C (arXiv 2503.02508) and 6Bit-Diffusion (arXiv 2603.18742): noise in what
 is cached counts as often as it is reused, which g measures.
@@ -28,6 +29,7 @@ import inspect
 import itertools
 import math
 import re
+import statistics
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,6 +70,7 @@ OF_BITS = {  # a linear's scheme, by the bits of its weight
 DELTAS = (0.05, 0.2)  # of the heads
 WORTH = 0.03  # part of a step's time that a lever must be able to save
 SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
+EFFORT, MORE = 3, 6  # generations for the search of a schedule, and where the choice falls on it
 ROUNDS = 4  # of building and correcting
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -166,8 +169,10 @@ class JointPlanner:
         self._task = self._progress.add_task("recording", total=max_generations, spent="")
         self._schedules: dict[int, tuple[float, Schedules, float]] = {}  # calls → error, schedules, gain
         self._built: dict[Choice, Plan] = {}
+        self._refined: set[int] = set()  # calls whose schedule was searched with `MORE`
         self._seconds: dict[Choice, float] = {}  # of a computed call, by all but their number
-        self.growth, self.slowness = 1.0, 1.0  # g, and measured over predicted time
+        self._growth: dict[Any, float] = {}  # g of the choices of a kind, see `_kind`
+        self._slowness: dict[Any, float] = {}  # likewise measured over predicted time
 
     def plans(self, targets: Sequence[Target]) -> list[Plan]:
         """Returns a plan for each target, in their order."""
@@ -318,9 +323,15 @@ class JointPlanner:
             self._schedules[calls] = error, _as_tuples(schedules), gain
         return self._schedules[calls]
 
-    def _find(self, calls: int) -> tuple[float, Schedules, float]:
+    def _refine(self, calls: int) -> None:
+        """Searches longer for the schedule of this many calls."""
+        error, schedules, gain = self._journal.get(f"{calls} calls, refined", lambda: self._find(calls, MORE))
+        self._schedules[calls] = error, _as_tuples(schedules), gain
+        self._refined.add(calls)
+
+    def _find(self, calls: int, effort: float = EFFORT) -> tuple[float, Schedules, float]:
         search = self._search(self._compiled(), calls)
-        num_candidates = max(10, round(3 * self.num_calls / calls))
+        num_candidates = max(10, round(effort * self.num_calls / calls))
         plan = search.find(calls // len(self.recording.outputs), num_candidates)
         return plan.measured["error"], search.best, search.gain
 
@@ -346,12 +357,18 @@ class JointPlanner:
 
     def _predict(self, choice: Choice) -> tuple[float, float]:
         """Returns error and speed-up."""
+        if choice in self._built and not self._is_emulated(choice):
+            return self._built[choice].measured["error"], self._built[choice].measured["speedup"]
+        growth, slowness = (_of_kind(known, choice) for known in (self._growth, self._slowness))
+        error = math.sqrt(self._schedule_error(choice.calls) ** 2 + growth * self._noise(choice))
+        idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
+        return error, self.full_seconds / (slowness * (choice.calls * self._call_seconds(choice) + idle))
+
+    def _noise(self, choice: Choice) -> float:
+        """Returns the squared error of what is compressed, alone."""
         removed = dict(self.levers.prunable)
         noise = self.levers.schemes[choice.quantize] + self.levers.deltas[choice.delta]
-        noise += sum(removed[name] for name in choice.pruned)
-        error = math.sqrt(self._schedule_error(choice.calls) ** 2 + self.growth * noise)
-        idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
-        return error, self.full_seconds / (self.slowness * (choice.calls * self._call_seconds(choice) + idle))
+        return noise + sum(removed[name] for name in choice.pruned)
 
     def _call_seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a computed call."""
@@ -409,8 +426,9 @@ class JointPlanner:
             choice = self._settled(target)
             if choice in self._built or (self._is_over and (number > 0 or self._best(target) is not None)):
                 break
+            _, promised = self._predict(choice)
             self._built[choice] = self._journal.plan(f"plan: {choice}", lambda: self._build(choice))  # noqa: B023
-            self._correct(choice, self._built[choice])
+            self._correct(choice, self._built[choice], promised)
         best = self._best(target)
         if best is None:  # nothing meets it: the nearest
             best = max(self._built.values(), key=lambda plan: plan.measured[target.kind])
@@ -420,12 +438,12 @@ class JointPlanner:
         return best
 
     def _settled(self, target: Target) -> Choice:
-        """Returns the choice once it rests on a schedule that was searched, not on one between others."""
+        """Returns the choice once it rests on a schedule that was searched for long, not on one between others."""
         choice = self._choose(target)
         for _ in range(ROUNDS):
-            if choice.calls in (self.num_calls, *self._schedules) or self._is_over:
+            if choice.calls in (self.num_calls, *self._refined) or choice in self._built or self._is_over:
                 break
-            self._schedule(choice.calls)
+            self._refine(choice.calls)
             choice = self._choose(target)
         return choice
 
@@ -497,15 +515,14 @@ class JointPlanner:
                 yield f"{verb} {', '.join(changed)}: {told(replace(choice, pruned=tuple(names[:count])))}"
         yield from self.levers.reasons
 
-    def _correct(self, choice: Choice, plan: Plan) -> None:
+    def _correct(self, choice: Choice, plan: Plan, promised: float) -> None:
         """Learns from what was built how much reuse multiplies the compression's error, and how long steps take."""
-        error, speedup = self._predict(choice)
-        noise = (error**2 - self._schedule_error(choice.calls) ** 2) / self.growth
-        if noise > 0:
-            surplus = plan.measured["error"] ** 2 - self._schedule_error(choice.calls) ** 2
-            self.growth = min(max(surplus / noise, 0.1), 10.0)  # where noise is little of the error it says little
+        noise, reuse = self._noise(choice), self._schedule_error(choice.calls) ** 2
+        if noise > 0.1 * reuse:  # else it is too little of the error to say anything
+            self._growth[_kind(choice)] = min(max((plan.measured["error"] ** 2 - reuse) / noise, 0.3), 10.0)
         if not self._is_emulated(choice):
-            self.slowness *= speedup / plan.measured["speedup"]
+            known = _of_kind(self._slowness, choice)
+            self._slowness[_kind(choice)] = known * promised / plan.measured["speedup"]
 
     def _with_heads(self, plan: Plan, delta: float) -> Plan:
         weights = np.array(self._journal.get("weights of the steps", self._weigh_steps))
@@ -564,6 +581,16 @@ class JointPlanner:
         if mean_square == 0:
             return math.inf
         return 10 * math.log10(spread**2 / mean_square) if math.isfinite(mean_square) else -math.inf
+
+
+def _kind(choice: Choice) -> Any:
+    """Returns what choices that compress alike have in common."""
+    return choice.quantize, choice.delta, bool(choice.pruned)
+
+
+def _of_kind(known: dict[Any, float], choice: Choice) -> float:
+    """Returns what is known of a kind of choices; else the mean of what is known of others, or 1."""
+    return known.get(_kind(choice)) or (statistics.mean(known.values()) if known else 1.0)
 
 
 def _narrowest(recipe: str) -> str:
