@@ -2,7 +2,7 @@
 
     choose      c calls to compute (of S·N), a scheme q of the linears, δ of the heads, p blocks to prune
     time        T = c·t·r_q·r_δ·r_p + (S·N − c)·t₀           t and t₀ of a computed and of a reused call, measured
-    error       E² = e_c² + g·(e_q² + e_δ² + e_p²)           relative, of the samples; g is about 1
+    error       E² = e_c² + e_q² + e_δ² + e_p²               relative, of the samples
 
 so that T is least within an error, E is least within a time, or E is least within the bytes of the weights. The parts:
 
@@ -17,11 +17,12 @@ so that T is least within an error, E is least within a time, or E is least with
 
 What is chosen is built: schedule, heads on the cached trajectory, linears on that, and last the weights of the skipped
 steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run; what came
-out counts for this choice from now on, and corrects g and t of those that compress alike (heads save less on a cached
-trajectory, where fewer can be stale). Then it is chosen again, until the choice has been built already.
+out counts for this choice from now on. How many times E and T it is, is fitted by a factor for each lever to all that
+was built: heads do more harm and save less on a cached trajectory, where fewer of them can be stale. Then it is chosen
+again, until the choice has been built already.
 
 Source: ours. The interactions are those of Q&C (arXiv 2503.02508) and 6Bit-Diffusion (arXiv 2603.18742): noise in what
-is cached counts as often as it is reused, which g measures.
+is cached counts as often as it is reused, which the factors measure.
 """
 
 import functools
@@ -29,7 +30,6 @@ import inspect
 import itertools
 import math
 import re
-import statistics
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -72,6 +73,7 @@ WORTH = 0.03  # part of a step's time that a lever must be able to save
 SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
 EFFORT, MORE = 3, 6  # generations for the search of a schedule, and where the choice falls on it
 ROUNDS = 4  # of building and correcting
+DOUBT = 0.3  # ridge of the factors of the levers: one plan alone is believed to three quarters
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -115,6 +117,11 @@ class Choice:
     quantize: str | None = None
     delta: float | None = None
     pruned: tuple[str, ...] = ()
+
+    @property
+    def levers(self) -> tuple[Any, ...]:
+        """What makes a plan with this choice other than its schedule alone."""
+        return tuple(filter(None, (self.quantize, self.delta, "pruned" if self.pruned else None)))
 
     def __str__(self) -> str:
         parts = [f"{self.calls} calls", self.quantize, f"δ = {self.delta}" if self.delta else None]
@@ -171,8 +178,7 @@ class JointPlanner:
         self._built: dict[Choice, Plan] = {}
         self._refined: set[int] = set()  # calls whose schedule was searched with `MORE`
         self._seconds: dict[Choice, float] = {}  # of a computed call, by all but their number
-        self._growth: dict[Any, float] = {}  # g of the choices of a kind, see `_kind`
-        self._slowness: dict[Any, float] = {}  # likewise measured over predicted time
+        self._learned: dict[Any, NDArray[np.float64]] = {}  # lever → logarithms of the factors of error and time
 
     def plans(self, targets: Sequence[Target]) -> list[Plan]:
         """Returns a plan for each target, in their order."""
@@ -359,16 +365,18 @@ class JointPlanner:
         """Returns error and speed-up."""
         if choice in self._built and not self._is_emulated(choice):
             return self._built[choice].measured["error"], self._built[choice].measured["speedup"]
-        growth, slowness = (_of_kind(known, choice) for known in (self._growth, self._slowness))
-        error = math.sqrt(self._schedule_error(choice.calls) ** 2 + growth * self._noise(choice))
-        idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
-        return error, self.full_seconds / (slowness * (choice.calls * self._call_seconds(choice) + idle))
+        error, speedup = self._by_parts(choice)
+        more = sum((self._learned[lever] for lever in choice.levers if lever in self._learned), start=np.zeros(2))
+        return error * math.exp(more[0]), speedup / math.exp(more[1])
 
-    def _noise(self, choice: Choice) -> float:
-        """Returns the squared error of what is compressed, alone."""
+    def _by_parts(self, choice: Choice) -> tuple[float, float]:
+        """Returns error and speed-up as if no lever changed what another does."""
         removed = dict(self.levers.prunable)
         noise = self.levers.schemes[choice.quantize] + self.levers.deltas[choice.delta]
-        return noise + sum(removed[name] for name in choice.pruned)
+        noise += sum(removed[name] for name in choice.pruned)
+        idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
+        seconds = choice.calls * self._call_seconds(choice) + idle
+        return math.sqrt(self._schedule_error(choice.calls) ** 2 + noise), self.full_seconds / seconds
 
     def _call_seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a computed call."""
@@ -426,9 +434,8 @@ class JointPlanner:
             choice = self._settled(target)
             if choice in self._built or (self._is_over and (number > 0 or self._best(target) is not None)):
                 break
-            _, promised = self._predict(choice)
             self._built[choice] = self._journal.plan(f"plan: {choice}", lambda: self._build(choice))  # noqa: B023
-            self._correct(choice, self._built[choice], promised)
+            self._learn()
         best = self._best(target)
         if best is None:  # nothing meets it: the nearest
             best = max(self._built.values(), key=lambda plan: plan.measured[target.kind])
@@ -515,14 +522,22 @@ class JointPlanner:
                 yield f"{verb} {', '.join(changed)}: {told(replace(choice, pruned=tuple(names[:count])))}"
         yield from self.levers.reasons
 
-    def _correct(self, choice: Choice, plan: Plan, promised: float) -> None:
-        """Learns from what was built how much reuse multiplies the compression's error, and how long steps take."""
-        noise, reuse = self._noise(choice), self._schedule_error(choice.calls) ** 2
-        if noise > 0.1 * reuse:  # else it is too little of the error to say anything
-            self._growth[_kind(choice)] = min(max((plan.measured["error"] ** 2 - reuse) / noise, 0.3), 10.0)
-        if not self._is_emulated(choice):
-            known = _of_kind(self._slowness, choice)
-            self._slowness[_kind(choice)] = known * promised / plan.measured["speedup"]
+    def _learn(self) -> None:
+        """Fits what each lever does to the error and the time of a plan beyond its part, to all that was built."""
+        levers = list(dict.fromkeys(lever for choice in self._built for lever in choice.levers))
+        if not levers:
+            return
+        rows = np.array([[lever in choice.levers for lever in levers] for choice in self._built], dtype=np.float64)
+        beyond = np.array([self._beyond(choice, plan) for choice, plan in self._built.items()])
+        fitted = np.linalg.solve(rows.T @ rows + DOUBT * np.eye(len(levers)), rows.T @ beyond)
+        self._learned = dict(zip(levers, fitted))
+
+    def _beyond(self, choice: Choice, plan: Plan) -> tuple[float, float]:
+        """Returns the logarithms of measured over predicted error and time."""
+        error, speedup = self._by_parts(choice)
+        slower = 1.0 if self._is_emulated(choice) else speedup / plan.measured["speedup"]
+        worse = plan.measured["error"] / max(error, 1e-12)
+        return float(np.log(np.clip(worse, 0.1, 10.0))), math.log(slower)
 
     def _with_heads(self, plan: Plan, delta: float) -> Plan:
         weights = np.array(self._journal.get("weights of the steps", self._weigh_steps))
@@ -581,16 +596,6 @@ class JointPlanner:
         if mean_square == 0:
             return math.inf
         return 10 * math.log10(spread**2 / mean_square) if math.isfinite(mean_square) else -math.inf
-
-
-def _kind(choice: Choice) -> Any:
-    """Returns what choices that compress alike have in common."""
-    return choice.quantize, choice.delta, bool(choice.pruned)
-
-
-def _of_kind(known: dict[Any, float], choice: Choice) -> float:
-    """Returns what is known of a kind of choices; else the mean of what is known of others, or 1."""
-    return known.get(_kind(choice)) or (statistics.mean(known.values()) if known else 1.0)
 
 
 def _narrowest(recipe: str) -> str:

@@ -278,33 +278,21 @@ def test_the_error_of_a_schedule_falls_with_its_calls(planned, monkeypatch):
 
 
 def test_predictions_are_corrected_by_what_was_built(planned, monkeypatch):
+    """Heads alone at twice the error and two thirds of the speed: half and more of it is believed of any heads."""
     planner = planned[0]
-    choice, plan = next((c, p) for c, p in planner._built.items() if not planner._is_emulated(c))
-    other = replace(choice, pruned=() if choice.pruned else (planner.levers.prunable[0][0],))
-    for name, known in {"_built": {}, "_growth": {}, "_slowness": {"another kind": 3.0}}.items():
+    heads, other, bare = Choice(8, delta=0.4), Choice(12, delta=0.4, pruned=("blocks.0",)), Choice(12)
+    parts = dict.fromkeys((heads, other, bare), (0.1, 6.0))
+    plan = Plan.without_schedule("", measured={"error": 0.2, "speedup": 4.0})
+    for name, known in {"_built": {heads: plan}, "_learned": {}, "_by_parts": parts.__getitem__}.items():
         monkeypatch.setattr(planner, name, known)
-    elsewhere = planner._predict(other)
-    planner._correct(choice, plan, planner._predict(choice)[1])
-    assert planner._predict(choice)[1] == pytest.approx(plan.measured["speedup"])
-    planner._slowness.pop("another kind")
-    assert planner._predict(other)[1] != elsewhere[1]  # of kinds not built the mean is believed
-    planner._built[choice] = plan
-    assert planner._predict(choice) == (plan.measured["error"], plan.measured["speedup"])
-
-
-def test_the_growth_of_noise_is_learned_where_there_is_some(planned, monkeypatch):
-    planner, choice = planned[0], Choice(8, pruned=(planned[0].levers.prunable[0][0],))
-    plan = Plan.without_schedule("", measured={"error": 0.5, "speedup": 2.0})
-    for schedule, noise, expected in ((0.3, 0.04, 4.0), (0.3, 0.001, 1.0), (0.1, 0.01, 10.0)):
-        for name, known in {
-            "_growth": {},
-            "_slowness": {},
-            "_schedule_error": lambda calls, e=schedule: e,
-            "_noise": lambda choice, n=noise: n,
-        }.items():
-            monkeypatch.setattr(planner, name, known)
-        planner._correct(choice, plan, 2.0)
-        assert joint._of_kind(planner._growth, choice) == pytest.approx(expected)
+    planner._learn()
+    share = 1 / (1 + joint.DOUBT)
+    assert planner._predict(heads) == (0.2, 4.0)
+    assert planner._predict(other) == pytest.approx((0.1 * 2**share, 6 / 1.5**share))
+    assert planner._predict(bare) == (0.1, 6.0)
+    planner._built[other] = Plan.without_schedule("", measured={"error": np.inf, "speedup": 4.0})
+    planner._learn()
+    assert np.isfinite(list(planner._learned.values())).all()
 
 
 def test_a_plan_that_was_built_is_not_built_again(model, tmp_path):
