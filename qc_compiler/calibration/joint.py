@@ -19,7 +19,7 @@ What is chosen is built: schedule, heads on the cached trajectory, linears on th
 steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run; what came
 out counts for this choice from now on. How many times E and T it is, is fitted by a factor for each lever to all that
 was built: heads do more harm and save less on a cached trajectory, where fewer of them can be stale. Then it is chosen
-again, until the choice has been built already.
+again, with as much caution as the last prediction was wrong, until the choice has been built already.
 
 Source: ours. The interactions are those of Q&C (arXiv 2503.02508) and 6Bit-Diffusion (arXiv 2603.18742): noise in what
 is cached counts as often as it is reused, which the factors measure.
@@ -179,6 +179,7 @@ class JointPlanner:
         self._refined: set[int] = set()  # calls whose schedule was searched with `MORE`
         self._seconds: dict[Choice, float] = {}  # of a computed call, by all but their number
         self._learned: dict[Any, NDArray[np.float64]] = {}  # lever → logarithms of the factors of error and time
+        self._caution = np.zeros(2)  # likewise, of all that was not built, while one target is planned
 
     def plans(self, targets: Sequence[Target]) -> list[Plan]:
         """Returns a plan for each target, in their order."""
@@ -366,7 +367,9 @@ class JointPlanner:
         if choice in self._built and not self._is_emulated(choice):
             return self._built[choice].measured["error"], self._built[choice].measured["speedup"]
         error, speedup = self._by_parts(choice)
-        more = sum((self._learned[lever] for lever in choice.levers if lever in self._learned), start=np.zeros(2))
+        if not choice.levers:
+            return error, speedup
+        more = sum((self._learned[lever] for lever in choice.levers if lever in self._learned), start=self._caution)
         return error * math.exp(more[0]), speedup / math.exp(more[1])
 
     def _by_parts(self, choice: Choice) -> tuple[float, float]:
@@ -430,11 +433,14 @@ class JointPlanner:
     # -- what is built
 
     def _plan(self, target: Target) -> Plan:
+        self._caution = np.zeros(2)
         for number in range(ROUNDS):
             choice = self._settled(target)
             if choice in self._built or (self._is_over and (number > 0 or self._best(target) is not None)):
                 break
+            promised = self._predict(choice)
             self._built[choice] = self._journal.plan(f"plan: {choice}", lambda: self._build(choice))  # noqa: B023
+            self._caution = np.maximum(self._caution, _beyond(self._predict(choice), promised))
             self._learn()
         best = self._best(target)
         if best is None:  # nothing meets it: the nearest
@@ -528,16 +534,9 @@ class JointPlanner:
         if not levers:
             return
         rows = np.array([[lever in choice.levers for lever in levers] for choice in self._built], dtype=np.float64)
-        beyond = np.array([self._beyond(choice, plan) for choice, plan in self._built.items()])
+        beyond = np.array([_beyond(self._predict(choice), self._by_parts(choice)) for choice in self._built])
         fitted = np.linalg.solve(rows.T @ rows + DOUBT * np.eye(len(levers)), rows.T @ beyond)
         self._learned = dict(zip(levers, fitted))
-
-    def _beyond(self, choice: Choice, plan: Plan) -> tuple[float, float]:
-        """Returns the logarithms of measured over predicted error and time."""
-        error, speedup = self._by_parts(choice)
-        slower = 1.0 if self._is_emulated(choice) else speedup / plan.measured["speedup"]
-        worse = plan.measured["error"] / max(error, 1e-12)
-        return float(np.log(np.clip(worse, 0.1, 10.0))), math.log(slower)
 
     def _with_heads(self, plan: Plan, delta: float) -> Plan:
         weights = np.array(self._journal.get("weights of the steps", self._weigh_steps))
@@ -596,6 +595,12 @@ class JointPlanner:
         if mean_square == 0:
             return math.inf
         return 10 * math.log10(spread**2 / mean_square) if math.isfinite(mean_square) else -math.inf
+
+
+def _beyond(found: tuple[float, float], expected: tuple[float, float]) -> NDArray[np.float64]:
+    """Returns the logarithms of how many times as far off and as slow as expected, of errors and speed-ups."""
+    error, other = (max(known[0], 1e-6) for known in (found, expected))
+    return np.log(np.clip([error / other, expected[1] / found[1]], 0.1, 10.0))
 
 
 def _narrowest(recipe: str) -> str:
