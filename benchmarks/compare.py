@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +35,6 @@ from memory import peak, resident
 from qc_compiler.plan import Plan
 from subjects import CALIBRATION_SEED, SEED, SUBJECTS, Judge, Subject
 
-T = TypeVar("T")
 MIB, SHARES = 2**20, (0.33, 0.2, 0.1)
 QUALITY = ("method", "computed", "× Inductor", "PSNR dB", "SSIM", "distance", "recognized", "Fréchet")
 COSTS = (
@@ -235,17 +234,11 @@ class Comparison:
             return run(), []
         self._compiled.add(method.line)
         with fresh_cache():
-            cold, _ = wall_seconds(run)
+            cold, _ = timed(run, time.perf_counter)
             torch._dynamo.reset()
-            warm, _ = wall_seconds(run)
-        again, batch = wall_seconds(run)
+            warm, _ = timed(run, time.perf_counter)
+        again, batch = timed(run, time.perf_counter)
         return batch, [max(0.0, cold - again), max(0.0, warm - again)]
-
-
-def wall_seconds(run: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
 
 
 def bytes_of(model: torch.nn.Module) -> int:

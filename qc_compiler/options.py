@@ -195,7 +195,7 @@ def parse_options(options: Mapping[str, Any] | None) -> Options:
     values |= given
     if plan is not None and plan.quantization is not None:
         values["quantize"] = values.get("quantize") or plan.quantization.recipe
-    if "level" not in given and _reads_blocks(values):
+    if _reads_blocks(values):
         values.setdefault("level", "block")
     if plan is not None and (plan.compensation is not None or plan.attention) and values.get("cache") == "off":
         values.setdefault("level", "output")
