@@ -529,12 +529,13 @@ class JointPlanner:
         yield from self.levers.reasons
 
     def _learn(self) -> None:
-        """Fits what each lever does to the error and the time of a plan beyond its part, to all that was built."""
-        levers = list(dict.fromkeys(lever for choice in self._built for lever in choice.levers))
+        """Fits what each lever does to the error and the time of a plan beyond its part, to all that runs here."""
+        built = [choice for choice in self._built if not self._is_emulated(choice)]
+        levers = list(dict.fromkeys(lever for choice in built for lever in choice.levers))
         if not levers:
             return
-        rows = np.array([[lever in choice.levers for lever in levers] for choice in self._built], dtype=np.float64)
-        beyond = np.array([_beyond(self._predict(choice), self._by_parts(choice)) for choice in self._built])
+        rows = np.array([[lever in choice.levers for lever in levers] for choice in built], dtype=np.float64)
+        beyond = np.array([_beyond(self._predict(choice), self._by_parts(choice)) for choice in built])
         fitted = np.linalg.solve(rows.T @ rows + DOUBT * np.eye(len(levers)), rows.T @ beyond)
         self._learned = dict(zip(levers, fitted))
 

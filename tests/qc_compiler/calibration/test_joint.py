@@ -294,8 +294,11 @@ def test_predictions_are_corrected_by_what_was_built(planned, monkeypatch):
     assert planner._predict(other)[0] == pytest.approx(0.1 * 2 ** (1 + share))
     assert (planner._predict(bare), planner._predict(heads)) == ((0.1, 6.0), (0.2, 4.0))
     planner._built[other] = Plan.without_schedule("", measured={"error": np.inf, "speedup": 4.0})
+    parts[emulated := Choice(24, quantize="not fast here", delta=0.4)] = (0.1, 6.0)
+    planner._built[emulated] = plan
     planner._learn()
     assert np.isfinite(list(planner._learned.values())).all()
+    assert "not fast here" not in planner._learned
 
 
 def test_a_plan_that_was_built_is_not_built_again(model, tmp_path):
