@@ -37,6 +37,8 @@ from qc_compiler.regions import ADDITIONS, SubLayer, find_sublayers, layout_of, 
 class Prune(GraphPass):
     """Removes regions: `gm.meta["pruned"]` names them, a body's own names the sub-layers that it lost.
 
+    `gm.meta["unread"]` names the inputs of the graph that nothing reads any more: the weights of what left.
+
     Attributes:
         names: Of blocks and sub-layers, such as `blocks.3` and `blocks.5/mlp`.
     """
@@ -52,8 +54,10 @@ class Prune(GraphPass):
         skips: list[Skip] = []
         gone = {call: self._leaving(gm, call, parts[str(call.args[1])], skips) for call in calls}
         gm.meta["pruned"] = tuple(name for names in gone.values() for name in names)
+        read = [node for node in placeholders(gm.graph) if node.users]
         if gm.meta["pruned"]:
             _rewrite(gm, gone)
+        gm.meta["unread"] = tuple(node.name for node in read if not node.users)
         return Report(changed=len(gm.meta["pruned"]), skipped=tuple(skips))
 
     def _check(self, blocks: Mapping[str, Mapping[str, SubLayer]]) -> None:

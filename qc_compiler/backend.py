@@ -86,8 +86,10 @@ def quantcache(
         if parsed.strict:
             raise
         runtime.notes.append(str(error))
+        _note_reads(runtime, gm, example_inputs)
         warnings.warn(f"quantcache runs this graph as plain Inductor: {error}", stacklevel=2)
         return compile_plain(gm, list(example_inputs), config_patches=inductor)
+    _note_reads(runtime, rewritten, example_inputs)
     diffusers_context.install()
     with torch.compiler.config.patch(  # type: ignore[attr-defined]
         cache_key_tag=f"quantcache-{source_key()}"
@@ -107,6 +109,14 @@ def _prepared_weights(gm: fx.GraphModule, inputs: Sequence[Any], runtime: Runtim
     prepare = gm.meta["prepare"]
     key = (show(prepare), tuple(id(inputs[i]) for i in prepare.meta["sources"]))
     return runtime.prepared.setdefault(key, PreparedWeights(prepare))
+
+
+def _note_reads(runtime: Runtime, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Remembers which parameters a graph reads, and which only regions that left it."""
+    unread = gm.meta.get("unread", ())
+    for node, x in zip(placeholders(gm.graph), inputs):
+        if isinstance(x, torch.nn.Parameter):
+            runtime.is_read[x] = runtime.is_read.get(x, False) or node.name not in unread
 
 
 def _keep_shared(runtime: Runtime, name: str, gm: fx.GraphModule) -> None:

@@ -1,7 +1,7 @@
 """Models whose linears hold packed weights: less memory, one file, no float weights anywhere.
 
     qc_compiler.pack_(model, "nvfp4")                     in place; the float weights are freed one after the other
-    qc_compiler.pack_(model, plan)                        as calibrated; blocks that the plan removes are freed whole
+    qc_compiler.pack_(model, plan)                        as calibrated; what the plan removes is freed whole
     qc_compiler.save_packed(model, "dit.safetensors")
     with torch.device("meta"):
         model = DiT(...)
@@ -11,6 +11,7 @@ A `PackedLinear` says in plain operators what it means: dequantize, then linear.
 quantcache it becomes this device's kernel.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -113,9 +114,9 @@ class PackedLinear(nn.Module):
 def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
     """Replaces the weights of the linears in a model's blocks by packed ones, in place, and frees them.
 
-    Embeddings and the final layer, outside the blocks, keep their precision. Parameters that only blocks which the plan
-    removes own are freed: one NaN stands for all of their elements, so that the model without the plan is loudly
-    wrong. Which parameters a sub-layer owns only a graph can tell: those of removed sub-layers stay.
+    Embeddings and the final layer, outside the blocks, keep their precision. Parameters that only regions own which the
+    plan removes are freed: one NaN stands for all of their elements, so that the model without the plan is loudly
+    wrong. Which parameters a sub-layer owns only a graph can tell: run the model compiled with the plan once, before.
 
     Args:
         model: Plain or compiled; a compiled one must be compiled again.
@@ -129,14 +130,18 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
         OptionError: the name is unknown, chooses at every step, or needs a plan.
         PlanError: the plan says nothing about linears and removes nothing, or is for another model.
         QuantCacheError: the model has no linears in a list of blocks, or is packed already.
+
+    Warns:
+        UserWarning: the plan removes sub-layers and has not run with this model: their weights stay.
     """
     known, removed = (how.quantization, how.removed) if isinstance(how, Plan) else (None, ())
     module = getattr(model, "_orig_mod", model)
     if isinstance(how, Plan) and not (known and known.sites):
         if not removed:
             raise PlanError("the plan says nothing about linears: calibrate(model, generate, quantize=...)")
+        leaving = _leaving(module, how)
         registry.forget_weights(module)
-        _free(module, removed)
+        _free(module, leaving)
         return model
     name = known.recipe if known else str(how)
     recipe = recipe_of(name)
@@ -153,10 +158,11 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
             f"{type(module).__name__} has no nn.Linear inside an nn.ModuleList, so there is nothing to pack"
         )
     schemes = dict.fromkeys(names, scheme) if known is None else _planned(known, scheme, module)
-    schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith(tuple(f"{r}." for r in removed))}
+    leaving = _leaving(module, how) if isinstance(how, Plan) else set()
+    schemes = {name: s for name, s in schemes.items() if id(module.get_submodule(name).weight) not in leaving}
     scales = {name: _scales(known, name, module) for name in schemes} if known and scheme.balance else {}
     registry.forget_weights(module)
-    _free(module, removed)
+    _free(module, leaving)
     packed: dict[nn.Module, PackedLinear] = {}  # a linear may stand in several places
     for name, chosen in schemes.items():
         linear = module.get_submodule(name)
@@ -170,22 +176,36 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
     return model
 
 
-def _free(module: nn.Module, removed: Collection[str]) -> None:
-    """Frees the parameters that only removed blocks own.
+def _leaving(module: nn.Module, plan: Plan) -> set[int]:
+    """Returns the ids of the parameters that only removed regions own: of blocks by name, of sub-layers by graph.
 
     Raises:
         PlanError: the model has no such block.
     """
-    blocks = [name for name in removed if "/" not in name and "@" not in name]  # else: a part, or a second call
+    blocks = [name for name in plan.removed if "/" not in name and "@" not in name]  # else: a part, or a second call
     for name in blocks:
         if _submodule(module, name) is None:
             raise PlanError(f"the plan prunes {name!r}, which this {type(module).__name__} does not have")
-    every = list(module.named_parameters(remove_duplicate=False))
+    known = [r for r in registry.runtimes_of(module) if r.options.plan and r.options.plan.digest == plan.digest]
+    is_read = {id(parameter): is_read for runtime in known for parameter, is_read in runtime.is_read.items()}
+    sublayers = [name for name in plan.removed if "/" in name]
+    if sublayers and not known:
+        warnings.warn(
+            f"quantcache: pack_ keeps the weights of {', '.join(sublayers)}: only a graph tells which they are; run "
+            "the model compiled with this plan once, then pack it",
+            stacklevel=3,
+        )
     inside = tuple(f"{name}." for name in blocks)
-    kept = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    every = list(module.named_parameters(remove_duplicate=False))
+    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    return {id(p) for _, p in every if not is_read.get(id(p), id(p) in outside)}
+
+
+def _free(module: nn.Module, leaving: Collection[int]) -> None:
+    """Frees parameters, known by their ids."""
     freed: dict[int, nn.Parameter] = {}
-    for name, old in every:
-        if id(old) in kept or not old.is_floating_point():
+    for name, old in list(module.named_parameters(remove_duplicate=False)):
+        if id(old) not in leaving or not old.is_floating_point():
             continue
         if id(old) not in freed:
             freed[id(old)] = nn.Parameter(_nan(old.shape, old.dtype, old.device), old.requires_grad)

@@ -66,11 +66,16 @@ def runtime_of(model: Any) -> Runtime:
     )
 
 
-def forget_weights(module: torch.nn.Module) -> None:
-    """Frees what was prepared of a model's weights under any options; it is made again when it is needed."""
+def runtimes_of(module: torch.nn.Module) -> list[Runtime]:
+    """Returns a module's runtimes under all options that it has run with."""
     with _lock:
         known = [_runtimes[p] for p in module.parameters() if p in _runtimes]
-    for runtime in {id(r): r for runtimes in known for r in runtimes.values()}.values():
+    return list({id(r): r for runtimes in known for r in runtimes.values()}.values())
+
+
+def forget_weights(module: torch.nn.Module) -> None:
+    """Frees what was prepared of a model's weights under any options; it is made again when it is needed."""
+    for runtime in runtimes_of(module):
         runtime.forget_weights()
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .compensation import compensate
 from .controllers import Controller, History, PrecisionRule, Step, controller, precision_rule, pruning_rule
@@ -64,6 +65,7 @@ class Runtime:
         self.fingerprint = ""
         self.shared: Any = None  # the model's graph with shared blocks, before anything was added: for calibration
         self.prepared: dict[Any, PreparedWeights] = {}  # shared by the graphs of different shapes
+        self.is_read = WeakIdKeyDictionary()  # parameter → whether anything that is left of any graph reads it
         self.trajectories: deque[Trajectory] = deque(maxlen=KEPT_TRAJECTORIES)
         self._lengths: dict[tuple[float, float], int] = {}  # of earlier trajectories, by their first two timesteps
         self.peak_slot_bytes = 0

@@ -15,7 +15,7 @@ from qc_compiler.formats.schemes import SCHEMES
 from qc_compiler.packing import PackedLinear, weight_bytes
 from qc_compiler.plan import Quantization
 from qc_compiler.registry import runtime_of
-from tiny_models import compile_eagerly, eager_backend, sample, tiny_dit
+from tiny_models import TinyDiT, compile_eagerly, eager_backend, sample, tiny_dit
 
 X, T = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0)), torch.full((2,), 500.0)
 SCHEME = pytest.mark.parametrize("scheme", SCHEMES)
@@ -429,6 +429,7 @@ def test_a_model_that_was_calibrated_gives_its_float_weights_back():
 # -- blocks that a plan removes
 
 PRUNING = Plan.without_schedule("", pruned=("blocks.1", "blocks.2/mlp"))
+ONE_BLOCK = Plan.without_schedule("", pruned=("blocks.1",))
 
 
 def test_removed_blocks_are_freed_and_the_compiled_model_is_the_same():
@@ -438,13 +439,42 @@ def test_removed_blocks_are_freed_and_the_compiled_model_is_the_same():
     expected = sample(before, 2)
     fingerprint = runtime_of(model).fingerprint
     assert qc_compiler.pack_(model, PRUNING) is model
-    freed = list(model.blocks[1].parameters())
+    freed = [*model.blocks[1].parameters(), *model.blocks[2].mlp.parameters()]
     assert weight_bytes(model) == size - sum(p.nbytes for p in freed) + 4 * len(freed)
     assert all(p.isnan().all() for p in freed)
     torch._dynamo.reset()
     assert torch.equal(sample(compile_eagerly(model, options), 2), expected)
     assert runtime_of(model).fingerprint == fingerprint
     assert run(model).isnan().all()  # without the plan
+
+
+def test_weights_of_a_sublayer_are_known_once_the_plan_has_run():
+    model = tiny_dit(3)
+    with pytest.warns(UserWarning, match="pack_ keeps the weights of blocks.2/mlp: only a graph tells"):
+        qc_compiler.pack_(model, PRUNING)
+    assert not model.blocks[2].mlp[0].weight.isnan().any()
+    sample(compile_eagerly(model, {"cache": "off", "plan": Plan.without_schedule("", pruned=("blocks.0/mlp",))}), 2)
+    with pytest.warns(UserWarning, match="blocks.2/mlp"):  # what ran is another plan
+        qc_compiler.pack_(model, PRUNING)
+    assert not model.blocks[0].mlp[0].weight.isnan().any()
+
+
+class WithPenalty(TinyDiT):
+    """Has a second graph, without blocks, that reads a weight of what the first one may lose."""
+
+    def forward(self, x, timestep, penalty=False):
+        return self.blocks[2].mlp[0].weight.norm() if penalty else super().forward(x, timestep)
+
+
+def test_what_another_graph_of_the_model_reads_stays():
+    model, plan = WithPenalty().eval().requires_grad_(False), Plan.without_schedule("", pruned=("blocks.2/mlp",))
+    compiled = compile_eagerly(model, {"cache": "off", "plan": plan})
+    run(compiled)
+    with pytest.warns(UserWarning, match="no transformer blocks were found"):
+        compiled(X, T, penalty=True)
+    qc_compiler.pack_(compiled, plan)
+    assert not model.blocks[2].mlp[0].weight.isnan().any()
+    assert model.blocks[2].mlp[2].weight.isnan().all()
 
 
 def test_the_others_are_packed_as_the_plan_says():
@@ -462,14 +492,14 @@ def test_what_is_shared_with_a_block_that_stays_stays():
     model = tiny_dit(3)
     model.blocks[1].mlp = model.blocks[0].mlp
     model.blocks[1].attn.qkv.weight = model.head.weight = nn.Parameter(torch.ones(96, 32), False)
-    qc_compiler.pack_(model, PRUNING)
+    qc_compiler.pack_(model, ONE_BLOCK)
     assert not model.blocks[0].mlp[0].weight.isnan().any()
     assert not model.head.weight.isnan().any()
     assert model.blocks[1].attn.out.weight.isnan().all()
 
 
 def test_freed_blocks_are_saved_by_their_names(tmp_path):
-    model = qc_compiler.pack_(tiny_dit(3).to(torch.bfloat16), PRUNING)
+    model = qc_compiler.pack_(tiny_dit(3).to(torch.bfloat16), ONE_BLOCK)
     qc_compiler.save_packed(model, tmp_path / "a")
     assert (tmp_path / "a").stat().st_size < weight_bytes(model) + 8000
     with torch.device("meta"):
@@ -483,7 +513,7 @@ def test_freed_blocks_are_saved_by_their_names(tmp_path):
 
 
 def test_a_file_that_frees_what_the_model_does_not_have(tmp_path):
-    qc_compiler.save_packed(qc_compiler.pack_(tiny_dit(3), PRUNING), tmp_path / "a")
+    qc_compiler.save_packed(qc_compiler.pack_(tiny_dit(3), ONE_BLOCK), tmp_path / "a")
     with pytest.raises(PackedFileError, match=r"has no blocks\.1\."):
         qc_compiler.load_packed(tiny_dit(1), tmp_path / "a")
 
