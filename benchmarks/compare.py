@@ -137,12 +137,17 @@ class Comparison:
                     "peers", f"{title}, {threshold}",
                     lambda model, t=threshold, order=order: peers.cache_dit(model, steps, t, order),
                 )  # fmt: skip
+        yield Method(
+            "peers",
+            "cache-dit, its steps + TaylorSeer, ultra",
+            lambda model: peers.cache_dit(model, steps, 0.1, 1, "ultra"),
+        )
         for threshold in (0.05, 0.15):
             yield Method(
                 "peers", f"diffusers, FirstBlockCache, {threshold}",
                 lambda model, t=threshold: peers.first_block_cache(model, t),
             )  # fmt: skip
-        for interval in (3, 5):
+        for interval in (3, 5, 8):
             yield Method(
                 "peers", f"diffusers, TaylorSeer, {interval}",
                 lambda model, interval=interval: peers.taylorseer(model, interval),

@@ -2,7 +2,8 @@
 
 - torchao 0.18: its int8 dynamic quantization: symmetric int8 codes, a scale for every row of a weight and for every
   token; NVFP4 weights, which are decoded before every product.
-- cache-dit 1.5: DBCache (the first block computed always, the others where its residual moved), with TaylorSeer.
+- cache-dit 1.5: DBCache (the first block computed always, the others where its residual moved, or at the steps of a
+  mask), with TaylorSeer.
 - diffusers 0.42, its hooks: FirstBlockCache, MagCache, TaylorSeer. PyramidAttentionBroadcast and FasterCache hook
   diffusers' own attention modules, of which the trained models have none.
 
@@ -48,11 +49,12 @@ class Cached:
         return self.compiled(x, timestep, label)
 
 
-def cache_dit(model: nn.Module, steps: int, threshold: float, order: int = 0) -> Cached:
+def cache_dit(model: nn.Module, steps: int, threshold: float, order: int = 0, mask: str = "") -> Cached:
     """Returns a copy behind cache-dit's DBCache, one block computed always; with TaylorSeer if `order` > 0.
 
     Args:
         threshold: Relative change of the first block's residual, below which the others are not computed.
+        mask: The name of one of its masks of the steps, such as "ultra", which decides in place of the threshold.
     """
     try:
         import cache_dit as library
@@ -75,6 +77,8 @@ def cache_dit(model: nn.Module, steps: int, threshold: float, order: int = 0) ->
         max_warmup_steps=4,
         num_inference_steps=steps,
         enable_separate_cfg=True,
+        steps_computation_mask=library.steps_mask(mask_policy=mask, total_steps=steps) if mask else None,
+        steps_computation_policy="static" if mask else "dynamic",
     )
     taylor = library.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
     library.enable_cache(adapter, cache_config=config, calibrator_config=taylor)
