@@ -160,7 +160,8 @@ class JointPlanner:
             model: Plain or compiled.
             generate: As of `calibrate`.
             data_range: What a PSNR is relative to; None takes the range of the samples.
-            max_generations: After so many full generations nothing new is tried. What runs is finished.
+            max_generations: After so many full generations nothing new is tried. What runs is finished, and a target
+                that no plan meets yet still gets up to four.
             resume: A file that remembers what was measured, to go on after an interruption.
             progress: Show a progress bar.
             backend: As of `calibrate`.
@@ -434,9 +435,9 @@ class JointPlanner:
 
     def _plan(self, target: Target) -> Plan:
         self._caution = np.zeros(2)
-        for number in range(ROUNDS):
+        for _ in range(ROUNDS):
             choice = self._settled(target)
-            if choice in self._built or (self._is_over and (number > 0 or self._best(target) is not None)):
+            if choice in self._built or (self._is_over and self._best(target) is not None):
                 break
             promised = self._predict(choice)
             self._built[choice] = self._journal.plan(f"plan: {choice}", lambda: self._build(choice))  # noqa: B023
