@@ -92,8 +92,8 @@ def calibrate(
             pruning together (`qc_compiler.calibration.joint`), so that none of these is an argument. Of a list, all
             are planned, with the same measurements.
         data_range: What the PSNR of `target` is relative to; None takes the range of the samples.
-        max_generations: For `target`: after so many full generations nothing new is tried, but for a target that no plan meets yet
-            up to four are built.
+        max_generations: For `target`: after so many full generations nothing new is tried, but for a target that no
+            plan meets yet up to four are built.
         resume: For `target`: a file that remembers what was measured, to go on with after an interruption.
         progress: Show progress bars.
         backend: What compiles the model; tests pass one without Inductor.
