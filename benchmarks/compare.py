@@ -206,7 +206,7 @@ class Comparison:
         subject.generate(self.inductor, steps=2)  # compiles
         plain, taken, samples, memory = [], [], [first], 0
         for i in range(1, len(batches)):
-            if (i - 1) % max(2, len(batches) // 3) == 0:
+            if (i - 1) % max(1, len(batches) // 2) == 0:
                 plain.append(timed(lambda: subject.generate(self.inductor))[0])
             reset_peak()
             before = resident()
