@@ -10,8 +10,8 @@ Each row is a trajectory in bfloat16 (float32 on a CPU), in turns with eager and
 of the trained model of the same kind at as many steps; what its heads do is stretched over layers and heads.
 An interrupted run goes on; on a GPU one row takes at most some minutes. No GPU has run this yet.
 
-    python benchmarks/large.py --model open-sora|flux|dit
-    python benchmarks/large.py --model dit --smoke           a tiny shape on the CPU: does it run at all
+    python benchmarks/large.py [--model open-sora|flux|dit]
+    python benchmarks/large.py --smoke                       tiny shapes on the CPU: does it run at all
 """
 
 import argparse
@@ -80,15 +80,18 @@ SHAPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, required=True)
+    parser.add_argument("--model", choices=SHAPES, help="only this one")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 100
-    rows = list(Comparison(args.model, args.smoke).rows())
-    if args.smoke:
-        return
-    text = header(f"Full size, random weights: {args.model}", f"python benchmarks/large.py --model {args.model}")
-    write(f"large_{args.model}.md", f"{text}\nTime and memory only: the weights are random.\n\n{table(HEADINGS, rows)}")
+    for name in [args.model] if args.model else SHAPES:
+        torch._dynamo.reset()
+        rows = list(Comparison(name, args.smoke).rows())
+        if not args.smoke:
+            text = header(f"Full size, random weights: {name}", f"python benchmarks/large.py --model {name}")
+            write(
+                f"large_{name}.md", f"{text}\nTime and memory only: the weights are random.\n\n{table(HEADINGS, rows)}"
+            )
 
 
 class Comparison:
