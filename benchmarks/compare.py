@@ -216,7 +216,7 @@ class Comparison:
             samples.append(found)
         quality = self.judge(torch.cat(samples))
         share, slots = computed_share(model), None
-        if hasattr(model, "_orig_mod") and share is not None:
+        if share is not None:
             slots = qc_compiler.summary(model).peak_slot_bytes
         seconds = statistics.median(taken)
         return (

@@ -79,6 +79,8 @@ def side_by_side(plain: Sequence[float], ours: Sequence[float]) -> tuple[str, st
 
 def computed_share(model: Any) -> float | None:
     """Returns the part of the block computations that a compiled model made; None where nothing could be reused."""
+    if not hasattr(model, "_orig_mod"):  # a plain module has the summary of what was last compiled of it
+        return None
     try:
         return qc_compiler.summary(model).computed_share
     except qc_compiler.QuantCacheError:
