@@ -172,7 +172,6 @@ class JointPlanner:
         self.module, self.generate, self.backend = getattr(model, "_orig_mod", model), generate, backend
         self.max_generations, self.data_range = max_generations, data_range
         self._journal = Journal(resume)
-        self.generations = 0.0
         self._progress = Progress(
             *Progress.get_default_columns()[:3], TimeRemainingColumn(), TextColumn("{task.fields[spent]}"),
             disable=not progress, transient=True,
@@ -581,10 +580,15 @@ class JointPlanner:
         return seconds
 
     def _spend(self, share: float, what: str) -> None:
-        self.generations += share
+        self._journal.generations += share
         self._progress.update(
             self._task, completed=self.generations, description=what, spent=f"{self.generations:.1f} generations"
         )
+
+    @property
+    def generations(self) -> float:
+        """What was spent so far, in full generations, and before an interruption."""
+        return self._journal.generations
 
     @property
     def _is_over(self) -> bool:

@@ -223,7 +223,14 @@ def test_a_lever_that_saves_no_time_here_is_dropped(ratio, kept, planned, monkey
 def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     path = tmp_path / "calibration.json"
     monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
-    first, again, third = (planner_for(model, resume=path) for _ in range(3))
+    first, again, third = planners = [planner_for(model, resume=path) for _ in range(3)]
+    spent, spend = dict.fromkeys(planners, 0.0), JointPlanner._spend
+
+    def counted(self, share, what):
+        spent[self] += share
+        spend(self, share, what)
+
+    monkeypatch.setattr(JointPlanner, "_spend", counted)
     with monkeypatch.context() as patch:
         patch.setattr(JointPlanner, "_measure_blocks", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -231,7 +238,8 @@ def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     assert any(name.endswith(" calls") for name in json.loads(path.read_text()))
     again.plans([])
     third.plans([])
-    assert third.generations < again.generations < first.generations / 2
+    assert spent[third] < spent[again] < spent[first] / 2
+    assert third.generations == again.generations > spent[first]
     assert third._schedules == again._schedules
     assert third.levers == again.levers
 
