@@ -45,7 +45,7 @@ from ..plan import HeadPlan, Plan
 from ..registry import runtime_of
 from ..runtime import GuardedGraph
 from ..trajectory import Position
-from .recording import COMPUTE_ALL, run_steered
+from .recording import COMPUTE_ALL, compile_static, run_steered
 
 WINDOWS = (1 / 8, 1 / 16, 1 / 32)
 INT8_SAVES = 0.25  # of a head: half of its operations, at twice the rate
@@ -265,7 +265,7 @@ def open_heads(
     """Returns the compiled model with `plan`, and heads that wait to be told what to do."""
     blank = HeadPlan((), np.zeros((1, 1, 0, 0), dtype=np.float32), order)
     options = COMPUTE_ALL | {"plan": replace(plan, compensation=None, attention=blank), "emulate": emulate}
-    return torch.compile(module, backend=backend, options=options)
+    return compile_static(module, backend, options)
 
 
 def step_weights(compiled: Any, generate: Callable[[Any], Any]) -> NDArray[np.float64]:

@@ -57,7 +57,7 @@ from ..registry import runtime_of
 from .attention import PROBES, calibrate_heads, open_heads, step_weights
 from .importance import Measurement, measure
 from .journal import Journal
-from .recording import COMPUTE_ALL, Recording, first_call, flat, run_steered
+from .recording import COMPUTE_ALL, Recording, compile_static, first_call, flat, run_steered
 from .removal import OneBlockLess
 from .samples import Calls
 from .schedule import DEPTH, Schedules, ScheduleSearch, relative_error
@@ -480,7 +480,7 @@ class JointPlanner:
         plan = self._scheduled(choice, plan)
         emulate = self._is_emulated(choice)
         options: dict[str, Any] = {"strict": True, "plan": plan} | ({} if plan.has_schedule else {"cache": "off"})
-        compiled = torch.compile(self.module, backend=self.backend, options=options | {"emulate": emulate})
+        compiled = compile_static(self.module, self.backend, options | {"emulate": emulate})
         share = choice.calls / self.num_calls
         error = self._error(self._samples("checking the plan", compiled, share))
         speedup = self._timed(self._full) / self._timed(compiled, share)
@@ -556,7 +556,7 @@ class JointPlanner:
 
     def _compiled(self, **options: Any) -> Any:
         options = COMPUTE_ALL | {"cache_order": DEPTH - 1} | options
-        return torch.compile(self.module, backend=self.backend, options=options)
+        return compile_static(self.module, self.backend, options)
 
     def _run(self, what: str, compiled: Any, pilot: Any) -> Tensor:
         result = run_steered(compiled, self.generate, pilot)

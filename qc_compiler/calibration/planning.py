@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..attention import INT8
 from ..errors import OptionError, QuantCacheError, nearest
 from ..formats.schemes import recipe_of
@@ -24,7 +22,7 @@ from ..registry import runtime_of
 from .attention import WINDOWS, calibrate_heads
 from .importance import Measurement, measure
 from .joint import JointPlanner, parse_target
-from .recording import COMPUTE_ALL, Recording, run_steered
+from .recording import COMPUTE_ALL, Recording, compile_static, run_steered
 from .samples import Calls
 from .schedule import find_schedule, refitted
 from .selection import SELECTIONS
@@ -143,7 +141,7 @@ def calibrate(
         plan = calibrate_heads(module, generate, plan, attention, windows, token_order, **how)
     if quantize is not None:
         known = replace(plan, quantization=None, compensation=None) if plan else None
-        compiled = torch.compile(module, backend=backend, options=COMPUTE_ALL | ({"plan": known} if known else {}))
+        compiled = compile_static(module, backend, COMPUTE_ALL | ({"plan": known} if known else {}))
         calls = Calls()
         run_steered(compiled, generate, calls)
         runtime = runtime_of(compiled)
@@ -157,10 +155,10 @@ def calibrate(
         plan = refitted(module, generate, plan, emulate=emulate, backend=backend)
     if compensate:
         recording = Recording()
-        run_steered(torch.compile(module, backend=backend, options=COMPUTE_ALL), generate, recording)
+        run_steered(compile_static(module, backend, COMPUTE_ALL), generate, recording)
         options = {name: value for name, value in COMPUTE_ALL.items() if name != "level"}  # that follows from the plan
         options |= {"emulate": emulate} | ({"plan": replace(plan, compensation=None)} if plan else {"level": "output"})
-        plan = fit_compensation(torch.compile(module, backend=backend, options=options), generate, recording, plan)
+        plan = fit_compensation(compile_static(module, backend, options), generate, recording, plan)
     assert plan is not None
     return plan
 

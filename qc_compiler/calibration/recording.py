@@ -1,7 +1,7 @@
 """Looks over the runtime's shoulder: what went into a model and came out of it at every step of a trajectory."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,11 @@ def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Te
     if not isinstance(result, Tensor):
         raise OptionError(f"generate(model) returned {type(result).__name__}: expected the samples as one tensor")
     return flat(result)
+
+
+def compile_static(module: Any, backend: Any, options: Mapping[str, Any]) -> Any:
+    """Compiles a model for the sizes that it is called with: attention is rewritten for known ones only."""
+    return torch.compile(module, backend=backend, options=dict(options), dynamic=False)
 
 
 def compiled_runtime(compiled: Any, generate: Callable[[Any], Any]) -> Runtime:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import OptionError, QuantCacheError, nearest
 from ..registry import runtime_of
 from ..statistics import Statistic
 from ..trajectory_summary import summarize
+from .recording import compile_static
 
 DEGREE = 4  # of TeaCache's polynomial, as in its paper
 
@@ -35,7 +35,7 @@ def fit_rule(
     if rule not in ("teacache", "magcache"):
         raise OptionError(f"rule={rule!r} needs no fit: {nearest(rule, ('teacache', 'magcache'))}")
     options: dict[str, Any] = {"cache": rule, "level": "network", "threshold": 0.0, "strict": True}
-    compiled = torch.compile(getattr(model, "_orig_mod", model), backend=backend, options=options)
+    compiled = compile_static(getattr(model, "_orig_mod", model), backend, options)
     generate(compiled)
     runtime_of(compiled).reset()
     generate(compiled)

@@ -39,7 +39,7 @@ from ..plan import Plan
 from ..runtime import GuardedGraph, Runtime
 from ..trajectory import Position, StreamState
 from ..trajectory_summary import computed_share
-from .recording import COMPUTE_ALL, Recording, compiled_runtime, flat, run_steered
+from .recording import COMPUTE_ALL, Recording, compile_static, compiled_runtime, flat, run_steered
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
 GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
@@ -67,11 +67,8 @@ def find_schedule(
     num_candidates = max(12, round(budget / share))
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("compiling and recording", total=num_candidates + 1)
-        compiled = torch.compile(
-            getattr(model, "_orig_mod", model),
-            backend=backend,
-            options=COMPUTE_ALL | {"level": level, "cache_order": DEPTH - 1},
-        )
+        module = getattr(model, "_orig_mod", model)
+        compiled = compile_static(module, backend, COMPUTE_ALL | {"level": level, "cache_order": DEPTH - 1})
         recording = Recording()
         reference = run_steered(compiled, generate, recording)
         search = ScheduleSearch(
@@ -84,9 +81,9 @@ def refitted(model: Any, generate: Callable[[Any], Any], plan: Plan, *, emulate:
     """Returns a plan whose skipped steps are made as well as can be of what its compressed model predicts."""
     recording, module = Recording(), getattr(model, "_orig_mod", model)
     options = COMPUTE_ALL | {"level": plan.level, "cache_order": DEPTH - 1}
-    reference = run_steered(torch.compile(module, backend=backend, options=options), generate, recording)
+    reference = run_steered(compile_static(module, backend, options), generate, recording)
     bare = Plan.without_schedule("", plan.timesteps, plan.streams).compressed_like(plan)
-    compiled = torch.compile(module, backend=backend, options=options | {"plan": bare, "emulate": emulate})
+    compiled = compile_static(module, backend, options | {"plan": bare, "emulate": emulate})
     search = ScheduleSearch(compiled, generate, recording, reference, plan.level)
     schedules = schedules_of(plan)
     search.gain = min(GAINS, key=lambda gain: search.measure(schedules, gain)[0])

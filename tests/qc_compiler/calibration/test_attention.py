@@ -52,6 +52,14 @@ def guided(model):
     return torch.stack(found)
 
 
+def test_another_resolution_before_changes_nothing():
+    """Sizes that changed once would be symbolic, and attention is rewritten for known ones."""
+    model = tiny_dit(2)
+    sample(compile_eagerly(model, {"cache": "off"}), 1, tokens=16)
+    sample(compile_eagerly(model, {"cache": "off"}), 1, tokens=32)
+    assert calibrated(model, 0.2).attention.layers
+
+
 def calibrated(model, attention, share=None, generate=generate, **options):
     options = {"windows": WINDOWS, "level": "output", "budget": 2} | options
     return qc_compiler.calibrate(
