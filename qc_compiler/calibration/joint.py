@@ -153,7 +153,7 @@ class JointPlanner:
         generate: Callable[[Any], Any],
         *,
         data_range: float | None = None,
-        max_generations: float = 60.0,
+        max_generations: float = 100.0,
         resume: str | Path | None = None,
         progress: bool = True,
         backend: Any = "quantcache",

@@ -54,7 +54,7 @@ def calibrate(
     emulate: bool = False,
     target: str | Sequence[str] | None = None,
     data_range: float | None = None,
-    max_generations: float = 60.0,
+    max_generations: float = 100.0,
     resume: str | Path | None = None,
     progress: bool = True,
     backend: Any = "quantcache",
