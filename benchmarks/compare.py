@@ -30,7 +30,7 @@ from torch._inductor.utils import fresh_cache
 import peers
 import qc_compiler
 from harness import RESULTS, computed_share, header, quantcache, remembered, remembered_plan, table, timed, write
-from joint import joint_plan
+from joint import joint_plan, schedule
 from memory import peak, resident
 from qc_compiler.plan import Plan
 from subjects import CALIBRATION_SEED, SEED, SUBJECTS, Judge, Subject
@@ -164,10 +164,7 @@ class Comparison:
         return quantcache(model, plan=joint_plan(self.name, model, target))
 
     def scheduled(self, model: Any, share: float) -> Any:
-        def run() -> Plan:
-            return qc_compiler.calibrate(model, self.calibration_samples, share=share, level="output", progress=False)
-
-        return quantcache(model, plan=remembered_plan(self.page, f"schedule_{share}", run))
+        return quantcache(model, plan=schedule(self.name, model, share))
 
     def on_unipc(self, model: Any) -> Any:
         def samples(compiled: Any) -> Tensor:

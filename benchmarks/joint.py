@@ -95,6 +95,16 @@ def joint_plan(name: str, model: Any, target: str) -> qc_compiler.Plan:
     return remembered_plan(page, target, calibrate)
 
 
+def schedule(name: str, model: Any, share: float) -> qc_compiler.Plan:
+    """Returns a schedule alone for a share of the work."""
+    how = {"share": share, "level": "output", "progress": False}
+    return remembered_plan(
+        f"joint_{name}",
+        f"schedule_{share}",
+        lambda: qc_compiler.calibrate(model, SUBJECTS[name].calibration_samples, **how),
+    )
+
+
 class Comparison:
     """A model, its full computation, and compiled Inductor to be timed against."""
 
@@ -111,7 +121,7 @@ class Comparison:
             yield self.row(f"joint, {targets}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
             yield remembered(self.page, f"re-timed, {targets}", lambda t=targets, found=found: self.retimed(t, found))  # type: ignore[misc]
         for share in SHARES:
-            found = remembered_plan(self.page, f"schedule_{share}", lambda share=share: self.schedule(share))  # type: ignore[misc]
+            found = schedule(self.name, self.model, share)
             yield self.row(f"schedule, share {share}", lambda found=found: self.compiled(plan=found))  # type: ignore[misc]
         for preset in ("high", "balanced", "fast"):
             yield self.row(f"preset, {preset}", lambda preset=preset: self.compiled(preset=preset))  # type: ignore[misc]
@@ -131,11 +141,6 @@ class Comparison:
         for target, plan in plans.items():
             targets.setdefault(plan.digest, []).append(target)
         return {" and ".join(met): plans[met[0]] for met in targets.values()}
-
-    def schedule(self, share: float) -> qc_compiler.Plan:
-        return qc_compiler.calibrate(
-            self.model, self.subject.calibration_samples, share=share, level="output", progress=False
-        )
 
     def compiled(self, **options: Any) -> Any:
         return quantcache(self.model, **options)
