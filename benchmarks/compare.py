@@ -30,7 +30,7 @@ from torch._inductor.utils import fresh_cache
 import peers
 import qc_compiler
 from harness import RESULTS, computed_share, header, quantcache, remembered, remembered_plan, table, timed, write
-from joint import joint_plan, schedule
+from joint import joint_plans, schedule
 from memory import peak, resident
 from qc_compiler.plan import Plan
 from subjects import CALIBRATION_SEED, SEED, SUBJECTS, Judge, Subject
@@ -124,8 +124,8 @@ class Comparison:
         for share in SHARES:
             yield Method("ours", f"schedule, {share}", lambda model, share=share: self.scheduled(model, share))
         yield Method("ours", "W8A8, alone", lambda model: quantcache(model, cache="off", quantize="w8a8"))
-        for target in ("psnr=40", "psnr=35", "psnr=30", "speedup=6.72"):
-            yield Method("ours", f"joint plan, {target}", lambda model, target=target: self.planned(model, target))
+        for targets, plan in joint_plans(self.name, self.model).items():
+            yield Method("ours", f"joint plan, {targets}", lambda model, plan=plan: quantcache(model, plan=plan))
         yield Method("ours", "schedule on 20 UniPC steps, 0.5", self.on_unipc, 20, "UniPC")
 
     def peers(self) -> Iterator[Method]:
@@ -159,9 +159,6 @@ class Comparison:
             "peers", "cache-dit + TaylorSeer + torchao int8, 0.15",
             lambda model: peers.cache_dit(peers.torchao_int8_dynamic(model), steps, 0.15, 1),
         )  # fmt: skip
-
-    def planned(self, model: Any, target: str) -> Any:
-        return quantcache(model, plan=joint_plan(self.name, model, target))
 
     def scheduled(self, model: Any, share: float) -> Any:
         return quantcache(model, plan=schedule(self.name, model, share))

@@ -65,13 +65,22 @@ def main() -> None:
         f"One plan for everything: the {how.title}",
         f"OMP_NUM_THREADS=1 python benchmarks/joint.py --model {args.model}",
     )
-    plans = list(comparison.joint().values())
+    plans = list(joint_plans(args.model, comparison.model).values())
     generations = max(plan.measured["generations"] for plan in plans)
     text += f"\n{how.batch} samples, {how.steps} steps, guidance {how.guidance}; calibrated on other seeds and labels, "
     text += f"{generations:.0f} generations for all joint plans.\n\n"
     text += f"{table(HEADINGS, rows)}\n![frontier](joint_{args.model}.png)\n"
     draw(rows, plans, args.model)
     write(f"joint_{args.model}.md", text)
+
+
+def joint_plans(name: str, model: Any) -> dict[str, qc_compiler.Plan]:
+    """Returns the joint plans by their targets; several may be met best by one."""
+    plans = {target: joint_plan(name, model, target) for target in TARGETS}
+    targets: dict[str, list[str]] = {}
+    for target, plan in plans.items():
+        targets.setdefault(plan.digest, []).append(target)
+    return {" and ".join(met): plans[met[0]] for met in targets.values()}
 
 
 def joint_plan(name: str, model: Any, target: str) -> qc_compiler.Plan:
@@ -117,7 +126,7 @@ class Comparison:
 
     def rows(self) -> Iterator[tuple[str, ...]]:
         yield self.row("Inductor", lambda: self.inductor)
-        for targets, found in self.joint().items():
+        for targets, found in joint_plans(self.name, self.model).items():
             yield self.row(f"joint, {targets}", lambda found=found: self.compiled(plan=found), found)  # type: ignore[misc]
             yield remembered(self.page, f"re-timed, {targets}", lambda t=targets, found=found: self.retimed(t, found))  # type: ignore[misc]
         for share in SHARES:
@@ -133,14 +142,6 @@ class Comparison:
                 yield self.row(f"{rule}, {knob} {value}", lambda named=named: self.compiled(**named))  # type: ignore[misc]
         for steps in (5, 7, 10, 13, 17, 25):
             yield remembered(self.page, f"UniPC, {steps} steps", lambda steps=steps: self.fewer(steps))  # type: ignore[misc]
-
-    def joint(self) -> dict[str, qc_compiler.Plan]:
-        """Returns the joint plans by their targets; several may be met best by one."""
-        plans = {target: joint_plan(self.name, self.model, target) for target in TARGETS}
-        targets: dict[str, list[str]] = {}
-        for target, plan in plans.items():
-            targets.setdefault(plan.digest, []).append(target)
-        return {" and ".join(met): plans[met[0]] for met in targets.values()}
 
     def compiled(self, **options: Any) -> Any:
         return quantcache(self.model, **options)
