@@ -186,17 +186,20 @@ def _leaving(module: nn.Module, plan: Plan) -> set[int]:
     for name in blocks:
         if _submodule(module, name) is None:
             raise PlanError(f"the plan prunes {name!r}, which this {type(module).__name__} does not have")
-    known = [r for r in registry.runtimes_of(module) if r.options.plan and r.options.plan.digest == plan.digest]
-    is_read = {id(parameter): is_read for runtime in known for parameter, is_read in runtime.is_read.items()}
+    every = list(module.named_parameters(remove_duplicate=False))
+    is_read: dict[int, bool] = {}
+    for runtime in registry.runtimes_of(module):
+        if runtime.options.plan is not None and runtime.options.plan.digest == plan.digest:
+            known = {id(p): runtime.is_read[p] for _, p in every if p in runtime.is_read}
+            is_read |= {key: read or is_read.get(key, False) for key, read in known.items()}
     sublayers = [name for name in plan.removed if "/" in name]
-    if sublayers and not known:
+    if sublayers and not is_read:
         warnings.warn(
             f"quantcache: pack_ keeps the weights of {', '.join(sublayers)}: only a graph tells which they are; run "
             "the model compiled with this plan once, then pack it",
             stacklevel=3,
         )
     inside = tuple(f"{name}." for name in blocks)
-    every = list(module.named_parameters(remove_duplicate=False))
     outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
     return {id(p) for _, p in every if not is_read.get(id(p), id(p) in outside)}
 
