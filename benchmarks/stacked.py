@@ -34,18 +34,18 @@ class Block(nn.Module):
 
 
 class SpatialTemporal(nn.Module):
-    """A spatial block and the temporal one after it."""
+    """A spatial block and the temporal one after it; the first of them tells the frames where they stand."""
 
-    def __init__(self, spatial: nn.Module, temporal: nn.Module, frames: int) -> None:
+    def __init__(self, spatial: nn.Module, temporal: nn.Module, frames: int, is_first: bool) -> None:
         super().__init__()
-        self.spatial, self.temporal, self.frames = spatial, temporal, frames
+        self.spatial, self.temporal, self.frames, self.is_first = spatial, temporal, frames, is_first
 
-    def forward(self, hidden_states: Tensor, y: Tensor, t: Tensor, temporal_pos: Tensor | None) -> Tensor:
-        """Transforms tokens (B * F, S, D)."""
+    def forward(self, hidden_states: Tensor, y: Tensor, t: Tensor, temporal_pos: Tensor) -> Tensor:
+        """Transforms tokens (B * F, S, D). All blocks have the same arguments: cache-dit gives them the first one's."""
         (_, patches, width), frames, batch = hidden_states.shape, self.frames, len(t)
         x = self.spatial(hidden_states, y, t.repeat_interleave(frames, dim=0))
         x = x.view(batch, frames, patches, width).transpose(1, 2).reshape(batch * patches, frames, width)
-        if temporal_pos is not None:
+        if self.is_first:
             x = x + temporal_pos
         x = self.temporal(x, y, t.repeat_interleave(patches, dim=0))
         return x.view(batch, patches, frames, width).transpose(1, 2).reshape(batch * frames, patches, width)
@@ -56,7 +56,8 @@ class StackedSTDiT(nn.Module):
         super().__init__()
         self.inner = [model]  # not a child: its lists of blocks would be found as well
         pairs = zip(model.spatial_blocks, model.temporal_blocks, strict=True)
-        self.blocks = nn.ModuleList(SpatialTemporal(*pair, model.config.grid[0]) for pair in pairs)
+        frames = model.config.grid[0]
+        self.blocks = nn.ModuleList(SpatialTemporal(*pair, frames, i == 0) for i, pair in enumerate(pairs))
 
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         (inner,) = self.inner
@@ -65,8 +66,8 @@ class StackedSTDiT(nn.Module):
         t, y = inner.t_block(t_emb), inner.y_embedder(label)
         x = inner.patch_embed(x).flatten(3).permute(0, 2, 3, 1)
         x = x.reshape(batch * frames, rows * columns, -1) + inner.spatial_pos
-        for i, block in enumerate(self.blocks):
-            x = block(x, y, t, inner.temporal_pos if i == 0 else None)
+        for block in self.blocks:
+            x = block(x, y, t, inner.temporal_pos)
         return inner.unpatchify(inner.final_layer(x.reshape(batch, frames * rows * columns, -1), t_emb))
 
 
