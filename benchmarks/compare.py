@@ -122,7 +122,8 @@ class Comparison:
         for preset in ("high", "balanced", "fast"):
             yield Method("ours", f"preset, {preset}", lambda model, preset=preset: quantcache(model, preset=preset))
         for share in SHARES:
-            yield Method("ours", f"schedule, {share}", lambda model, share=share: self.scheduled(model, share))
+            plan = schedule(self.name, self.model, share)
+            yield Method("ours", f"schedule, {share}", lambda model, plan=plan: quantcache(model, plan=plan))
         yield Method("ours", "W8A8, alone", lambda model: quantcache(model, cache="off", quantize="w8a8"))
         for targets, plan in joint_plans(self.name, self.model).items():
             yield Method("ours", f"joint plan, {targets}", lambda model, plan=plan: quantcache(model, plan=plan))
@@ -159,9 +160,6 @@ class Comparison:
             "peers", "cache-dit + TaylorSeer + torchao int8, 0.15",
             lambda model: peers.cache_dit(peers.torchao_int8_dynamic(model), steps, 0.15, 1),
         )  # fmt: skip
-
-    def scheduled(self, model: Any, share: float) -> Any:
-        return quantcache(model, plan=schedule(self.name, model, share))
 
     def on_unipc(self, model: Any) -> Any:
         def samples(compiled: Any) -> Tensor:

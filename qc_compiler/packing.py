@@ -190,8 +190,9 @@ def _leaving(module: nn.Module, plan: Plan) -> set[int]:
     is_read: dict[int, bool] = {}
     for runtime in registry.runtimes_of(module):
         if runtime.options.plan is not None and runtime.options.plan.digest == plan.digest:
-            known = {id(p): runtime.is_read[p] for _, p in every if p in runtime.is_read}
-            is_read |= {key: read or is_read.get(key, False) for key, read in known.items()}
+            for _, p in every:
+                if p in runtime.is_read:
+                    is_read[id(p)] = is_read.get(id(p), False) or runtime.is_read[p]
     sublayers = [name for name in plan.removed if "/" in name]
     if sublayers and not is_read:
         warnings.warn(
