@@ -8,7 +8,6 @@ caches run compiled too, which breaks the graph at each hook. A peer that fails 
     OMP_NUM_THREADS=1 python benchmarks/classes.py
 """
 
-import copy
 import statistics
 import sys
 import time
@@ -22,8 +21,8 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-import harness  # noqa: F401 (puts the examples on the path)
 from harness import header, in_turns, remembered, table, write
+from peers import copy_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 CLASSES = ("DiT", "PixArt-Sigma", "SD3", "Flux", "CogVideoX-2b", "Latte", "Sana")
@@ -98,7 +97,7 @@ class Cached:
     """A copy of a model behind one of diffusers' caches, compiled."""
 
     def __init__(self, model: nn.Module, apply: Callable[[nn.Module, Callable[[], float]], None]) -> None:
-        self.timestep, self.model = 1000.0, copy.deepcopy(model)
+        self.timestep, self.model = 1000.0, copy_of(model)
         apply(self.model, lambda: self.timestep)
         self.compiled = torch.compile(self.model)
 

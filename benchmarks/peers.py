@@ -17,6 +17,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +50,21 @@ class Cached:
         return self.compiled(x, timestep, label)
 
 
+def copy_of(model: Model) -> Model:
+    """Returns a copy whose forward has code of its own.
+
+    Dynamo remembers of code, not of a model, that a loop in it breaks the graph, and from then on runs it eagerly: the
+    original as well, which is what all are compared with.
+    """
+    model = copy.deepcopy(model)
+    forward: Any = type(model).forward
+    code = forward.__code__.replace(co_name="forward_of_copy")
+    own = FunctionType(code, forward.__globals__, "forward", forward.__defaults__, forward.__closure__)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    model.__class__ = type(type(model).__name__, (type(model),), {"forward": own})
+    return model
+
+
 def cache_dit(model: nn.Module, steps: int, threshold: float, order: int = 0, mask: str = "") -> Cached:
     """Returns a copy behind cache-dit's DBCache, one block computed always; with TaylorSeer if `order` > 0.
 
@@ -61,7 +77,7 @@ def cache_dit(model: nn.Module, steps: int, threshold: float, order: int = 0, ma
     except ImportError as error:
         raise ImportError('cache-dit cannot be imported: pip install "quantcache[peers]"') from error
     logging.getLogger("CACHE_DIT").setLevel(logging.ERROR)
-    model = stacked(copy.deepcopy(model))
+    model = stacked(copy_of(model))
     adapter = library.BlockAdapter(
         transformer=model,
         blocks=model.blocks,
@@ -91,7 +107,7 @@ def diffusers_hook(model: nn.Module, config: Any) -> Cached:
     from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
-    model = stacked(copy.deepcopy(model))
+    model = stacked(copy_of(model))
     for block in model.blocks:
         TransformerBlockRegistry.register(type(block), TransformerBlockMetadata(return_hidden_states_index=0))
     apply = {
@@ -114,7 +130,7 @@ def taylorseer(model: nn.Module, interval: int, order: int = 1) -> Cached:
     """diffusers' TaylorSeer on the output of the last block; between computed steps the others are left out."""
     from diffusers.hooks import TaylorSeerCacheConfig
 
-    last = len(stacked(copy.deepcopy(model)).blocks) - 1
+    last = len(stacked(copy_of(model)).blocks) - 1
 
     config = TaylorSeerCacheConfig(
         cache_interval=interval,

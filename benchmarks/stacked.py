@@ -3,8 +3,6 @@
 diffusers' hooks also ask that the argument be called `hidden_states`.
 """
 
-from types import FunctionType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +19,6 @@ def stacked(model: nn.Module) -> nn.Module:
     if isinstance(model, MMDiT):
         return StackedMMDiT(model)
     model.blocks = nn.ModuleList(map(Block, model.blocks))
-    # Dynamo remembers of code, not of a model, that it cannot be compiled whole: the original must not run this one's
-    forward = type(model).forward
-    code = forward.__code__.replace(co_name="forward_stacked")
-    own = FunctionType(code, forward.__globals__, "forward", forward.__defaults__, forward.__closure__)
-    model.__class__ = type(f"Stacked{type(model).__name__}", (type(model),), {"forward": own})
     return model
 
 
