@@ -21,7 +21,7 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(PY) -m pip install --quiet --editable ".[peers]"
-	printf '%s\n' text image video | OMP_NUM_THREADS=1 xargs -P 2 -I {} $(PY) benchmarks/compare.py --model {}
+	printf '%s\n' text video image | OMP_NUM_THREADS=1 xargs -P 2 -I {} $(PY) benchmarks/compare.py --model {}
 
 lint: $(VENV)/installed
 	$(PY) -m ruff check --fix .

@@ -1,10 +1,10 @@
 """Where quantcache stands: ours, fewer steps and what a user would pick instead, on one trained model in one process.
 
 Every method runs the same model, seeds, labels and sampler. Quality is against the full computation (the model's own
-sampler at full steps), over several batches, a trajectory each; all but the first are timed, and compiled Inductor
-samples between them. The first setting of each method is compiled cold (empty caches) and warm (caches on disk, as in
-the next process). `computed` is the share of the block computations that a method says it made; `memory` the most the
-process held beyond its weights in one trajectory.
+sampler at full steps), over several batches, a trajectory each; all but the first are timed, and between them compiled
+Inductor: 20 steps of it, which stand for all. The first setting of each method is compiled cold (empty caches) and warm
+(caches on disk, as in the next process). `computed` is the share of the block computations that a method says it made;
+`memory` the most the process held beyond its weights in one trajectory.
 
 Rows are kept in `out/benchmarks`, so that an interrupted run goes on. Needs `pip install ".[peers]"`; the row of a peer
 that fails says so.
@@ -35,7 +35,7 @@ from memory import peak, resident
 from qc_compiler.plan import Plan
 from subjects import CALIBRATION_SEED, SEED, SUBJECTS, Judge, Subject
 
-MIB, SHARES = 2**20, (0.33, 0.2, 0.1)
+MIB, SHARES, BASELINE_STEPS = 2**20, (0.33, 0.2, 0.1), 20
 QUALITY = ("method", "computed", "× Inductor", "PSNR dB", "SSIM", "distance", "recognized", "Fréchet")
 COSTS = (
     "method",
@@ -199,7 +199,7 @@ class Comparison:
         plain, taken, samples, memory = [], [], [first], 0
         for i in range(1, len(batches)):
             if (i - 1) % max(1, len(batches) // 2) == 0:
-                plain.append(timed(lambda: subject.generate(self.inductor))[0])
+                plain.append(self._plain_seconds())
             reset_peak()
             before = resident()
             seconds, found = timed(lambda i=i: run(i))  # type: ignore[misc]
@@ -223,6 +223,11 @@ class Comparison:
             "" if slots is None else f"{slots / MIB:.2f}",
             f"{memory / MIB:.0f}",
         )
+
+    def _plain_seconds(self) -> float:
+        """Returns what Inductor's trajectory takes: all its steps take the same, so that some of them tell."""
+        seconds, _ = timed(lambda: self.subject.generate(self.inductor, steps=BASELINE_STEPS))
+        return seconds * self.subject.steps / BASELINE_STEPS
 
     def _compiling(self, method: Method, run: Callable[[], Tensor]) -> tuple[Tensor, list[float]]:
         """Compiles a method; returns a batch, and the seconds cold and warm of the first setting of its line."""
