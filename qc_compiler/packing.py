@@ -116,7 +116,8 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
 
     Embeddings and the final layer, outside the blocks, keep their precision. Parameters that only regions own which the
     plan removes are freed: one NaN stands for all of their elements, so that the model without the plan is loudly
-    wrong. Which parameters a sub-layer owns only a graph can tell: run the model compiled with the plan once, before.
+    wrong. Moving or casting the model gives them memory again: do it before. Which parameters a sub-layer owns only a
+    graph can tell: run the model compiled with the plan once, before.
 
     Args:
         model: Plain or compiled; a compiled one must be compiled again.
@@ -223,7 +224,9 @@ def _nan(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -
 
 
 def _is_freed(tensor: Tensor) -> bool:
-    return tensor.numel() > 1 and not any(tensor.stride()) and bool(tensor.flatten()[0].isnan())
+    """Whether a parameter says nothing: also one that `model.to(…)` gave memory again."""
+    can = tensor.numel() > 1 and tensor.is_floating_point() and not tensor.is_meta
+    return can and bool(tensor.flatten()[0].isnan()) and (not any(tensor.stride()) or bool(tensor.isnan().all()))
 
 
 def _planned(known: Quantization, scheme: Scheme, module: nn.Module) -> dict[str, Scheme]:
@@ -270,7 +273,7 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     module = getattr(model, "_orig_mod", model)
     packed = {name: child for name, child in module.named_modules() if isinstance(child, PackedLinear)}
     every = {name: tensor.detach() for name, tensor in _tensors(module).items()}
-    freed = {name: _name_of(tensor.dtype) for name, tensor in every.items() if _is_freed(tensor)}
+    freed = {name: _name_of(p.dtype) for name, p in module.named_parameters() if _is_freed(p.detach())}
     if not packed and not freed:
         raise QuantCacheError(f"{type(module).__name__} is not packed: call qc_compiler.pack_(model, 'nvfp4') first")
     linears = {name: _Linear(**asdict(child.scheme), dtype=_name_of(child.dtype)) for name, child in packed.items()}
@@ -295,8 +298,14 @@ def load_packed(model: nn.Module, path: str | Path, device: str | torch.device =
     module = getattr(model, "_orig_mod", model)
     header, tensors = _read(path, str(device))
     _check(module, header, tensors, path)
+    places: dict[nn.Module, list[str]] = {}  # a linear may stand in several
+    for name, child in module.named_modules(remove_duplicate=False):
+        places.setdefault(child, []).append(name)
     for name, linear in header.linears.items():
-        _replace(module, name, _shell(module.get_submodule(name), linear))
+        old = module.get_submodule(name)
+        shell = _shell(old, linear)
+        for place in places[old]:
+            _replace(module, place, shell)
     for name, dtype in header.freed.items():
         tensors[name] = _nan(module.get_parameter(name).shape, _dtype_of(dtype), device)
     tied = _tied(module)

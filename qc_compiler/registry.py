@@ -31,6 +31,7 @@ def runtime_for(example_inputs: Sequence[Any], given: Mapping[str, Any], options
             _runtimes.setdefault(parameter, known)
         if key not in known or not _same(known[key].options.plan, options.plan):  # a file may be written anew
             known[key] = Runtime(options)
+            known[key].key = key
         known[key] = known.pop(key)  # the last one compiled comes last
         return known[key]
 
@@ -39,7 +40,8 @@ def adopt(runtime: Runtime, parameters: Sequence[Any]) -> None:
     """Makes a runtime that of another model too, if that has none: Dynamo gives models of one class one graph."""
     with _lock:
         if parameters and parameters[0] not in _runtimes:
-            known: dict[Any, Runtime] = next((r for r in _runtimes.values() if runtime in r.values()), {})
+            alone = {runtime.key: runtime}  # the model that it was made for is gone
+            known: dict[Any, Runtime] = next((r for r in _runtimes.values() if runtime in r.values()), alone)
             for parameter in parameters:
                 _runtimes.setdefault(parameter, known)
 

@@ -59,6 +59,7 @@ class Runtime:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.key: Any = ()  # by which the registry knows it
         self.reports: list[Any] = []
         self.interface: Interface | None = None
         self.notes: list[str] = []

@@ -305,6 +305,17 @@ def test_subclasses_of_linear_stay_and_a_linear_in_two_blocks_is_packed_once():
     assert model.blocks[2][0] is model.blocks[1][0]
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_linear_in_two_blocks_is_loaded_into_both(device, tmp_path):
+    model, loaded = Wide(64, 2), Wide(64, 2).to(device)
+    for both in (model, loaded):
+        both.blocks[1][0] = both.blocks[0][0]
+    qc_compiler.save_packed(qc_compiler.pack_(model, "w8a8"), tmp_path / "a")
+    qc_compiler.load_packed(loaded, tmp_path / "a")
+    assert loaded.blocks[1][0] is loaded.blocks[0][0]
+    assert isinstance(loaded.blocks[0][0], PackedLinear)
+
+
 def test_the_branch_of_a_packed_linear_is_not_quantized_again():
     packed, x = qc_compiler.pack_(tiny_dit(2), "w4a8+rank32"), {"cache": "off", "emulate": True}
     assert torch.equal(run(compile_eagerly(packed, x | {"quantize": "w8a8"})), run(packed))
@@ -510,6 +521,15 @@ def test_freed_blocks_are_saved_by_their_names(tmp_path):
         assert (found.dtype, found.stride()) == (expected.dtype, expected.stride()), name
         assert torch.equal(found.nan_to_num(), expected.nan_to_num())
         assert found.isnan().any() == name.startswith("blocks.1.")
+
+
+def test_a_freed_block_that_was_cast_is_known_as_freed(tmp_path):
+    """Casting gives its weights memory again."""
+    model = qc_compiler.pack_(tiny_dit(3), ONE_BLOCK).to(torch.bfloat16)
+    qc_compiler.save_packed(model, tmp_path / "a")
+    loaded = qc_compiler.load_packed(tiny_dit(3), tmp_path / "a")
+    assert weight_bytes(loaded) < weight_bytes(model)
+    assert loaded.blocks[1].attn.qkv.weight.isnan().all()
 
 
 def test_a_file_that_frees_what_the_model_does_not_have(tmp_path):

@@ -66,6 +66,16 @@ def test_models_that_dynamo_gives_one_graph_have_one_runtime():
     assert not torch.equal(found[0], found[1])
 
 
+def test_a_model_loaded_anew_is_known_although_dynamo_compiles_nothing():
+    options = {"cache": "static", "interval": 2}
+    for _ in range(2):
+        model = tiny_dit(1)
+        run(torch.compile(model, backend=backend, options=options))
+        assert runtime_of(model).options.interval == 2
+        del model
+        gc.collect()
+
+
 def test_another_graph_of_the_model_shares_its_runtime():
     model = tiny_dit(1)
     compiled = compile_eagerly(model, {"cache": "static"})
