@@ -88,6 +88,7 @@ def joint_plan(name: str, model: Any, target: str) -> qc_compiler.Plan:
     page = f"joint_{name}"
 
     def calibrate() -> qc_compiler.Plan:
+        INTERRUPTED.mkdir(parents=True, exist_ok=True)
         found = qc_compiler.calibrate(
             model,
             SUBJECTS[name].calibration_samples,

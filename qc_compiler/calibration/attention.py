@@ -338,4 +338,6 @@ def find_heads(compiled: Any, generate: Callable[[Any], Any], search: HeadSearch
         attention=heads,
         measured=plan.measured | measured,
         quantization=plan.quantization,
+        pruned=plan.pruned,
+        reasons=plan.reasons,
     )

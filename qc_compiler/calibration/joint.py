@@ -13,7 +13,7 @@ so that T is least within an error, E is least within a time, or E is least with
     e_q, e_δ    of the samples with nothing else changed, each measured by a run; a scheme may give each linear bits of
                 its own (`importance`) or each step (`dmpq`), measured on the recorded trajectory
     e_p         Σ h_b² of the blocks b left out: how far the prediction moves where b alone is left out, on the recorded
-                path, one block a call, in one run; the blocks that cost least error for their time come first
+                path, one block a call; the blocks that cost least error for their time come first
 
 What is chosen is built: schedule, heads on the cached trajectory, linears on that, and last the weights of the skipped
 steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run; what came
@@ -29,7 +29,6 @@ is cached counts as often as it is reused, which the factors measure.
 """
 
 import functools
-import inspect
 import itertools
 import math
 import re
@@ -57,7 +56,7 @@ from ..registry import runtime_of
 from .attention import PROBES, calibrate_heads, open_heads, step_weights
 from .importance import Measurement, measure
 from .journal import Journal
-from .recording import COMPUTE_ALL, Recording, compile_static, first_call, flat, run_steered
+from .recording import COMPUTE_ALL, Recording, compile_static, first_call, flat, forget_graphs, run_steered
 from .removal import OneBlockLess
 from .samples import Calls
 from .schedule import DEPTH, Schedules, ScheduleSearch, relative_error
@@ -77,6 +76,7 @@ SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is search
 EFFORT, MORE = 3, 6  # generations for the search of a schedule, and where the choice falls on it
 ROUNDS = 4  # of building and correcting
 DOUBT = 0.3  # ridge of the factors of the levers: one plan alone is believed to three quarters
+SAME = 0.05  # relative error of two runs that should be alike: kernels may round differently
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -186,14 +186,15 @@ class JointPlanner:
 
     def plans(self, targets: Sequence[Target]) -> list[Plan]:
         """Returns a plan for each target, in their order."""
-        with self._progress, torch._dynamo.config.patch(recompile_limit=1000):  # a graph for each compression
-            self._measure({target.kind for target in targets})
-            for target in targets:
-                if target.kind == "memory":
-                    self._choose(target)  # raises what cannot be, before anything is built
-            plans = [self._plan(target) for target in targets]
-        torch._dynamo.eval_frame.reset_code(inspect.unwrap(self.module.forward).__code__)  # which would count later
-        return plans
+        try:
+            with self._progress, torch._dynamo.config.patch(recompile_limit=1000):  # a graph for each compression
+                self._measure({target.kind for target in targets})
+                for target in targets:
+                    if target.kind == "memory":
+                        self._choose(target)  # raises what cannot be, before anything is built
+                return [self._plan(target) for target in targets]
+        finally:
+            forget_graphs(self.module)
 
     # -- what is measured once
 
@@ -205,8 +206,16 @@ class JointPlanner:
         self._now = clock(self.device)
         self.recording, compiled = Recording(), self._compiled()
         self.reference = self._run("recording", compiled, self.recording)
+        if self.recording.num_steps < 2:
+            raise QuantCacheError("generate(model) took 1 step of the model: expected 2 or more, 3 for a schedule")
+        self.recording.check()
         self.num_calls = self.recording.num_steps * len(self.recording.outputs)
-        full_seconds = self._timed(compiled)
+        if not (noise := self._error(self._samples("the same once more", compiled))) < SAME:
+            raise QuantCacheError(
+                f"generate(model) returned other samples when called again (relative error {noise:.2g}): fix its seed; "
+                "if it did, they are not finite"
+            )
+        full_seconds = self._lap(compiled)
         runtime_of(compiled).configure(interval=10**6)
         rest_seconds = self._timed(compiled, share=1 / self.recording.num_steps)
         runtime_of(compiled).configure(interval=1)
@@ -311,12 +320,16 @@ class JointPlanner:
     def _alone(self, compiled: Any, what: str) -> tuple[float, float]:
         """Returns the error of a lever with everything computed, and its time over that of the full model."""
         error = self._error(self._samples(f"{what} alone", compiled))
-        return error, self._lap(compiled) / self._lap(self._full)
+        seconds = self._lap(compiled)
+        runtime_of(compiled).reset()  # Dynamo keeps its graph, which would keep a copy of all weights
+        return error, seconds / self._lap(self._full)
 
     def _measure_blocks(self) -> None:
         def run() -> dict[str, float]:
-            pilot = OneBlockLess(self.recording)
-            self._run("one block less", self._compiled(level="output+block"), pilot)
+            pilot, compiled = OneBlockLess(self.recording), self._compiled(level="output+block")
+            self._run("one block less", compiled, pilot)
+            while not pilot.is_done:
+                self._run("one block less", compiled, pilot)
             return pilot.harms()
 
         seconds = {block.name: self.estimate.seconds(block.name) for block in self.estimate.blocks}
@@ -412,7 +425,9 @@ class JointPlanner:
             sizes = {choice: self._weight_bytes(choice) for choice in itertools.starmap(Choice, smaller)}
             fine = [choice for choice, size in sizes.items() if size <= target.value]
             if not fine:
-                raise OptionError(f"target memory={target.value:.0f} bytes: the least is {min(sizes.values()):.0f}")
+                tried = f" of what max_generations={self.max_generations:g} left to try" if self._is_over else ""
+                least = f"the least{tried} is {min(sizes.values()):.0f}"
+                raise OptionError(f"target memory={target.value:.0f} bytes: {least}")
             return min(fine, key=lambda c: self._predict(c)[0])
         schemes = [scheme for scheme in self.levers.schemes if scheme is None or scheme in self.levers.fast]
         num_streams = len(self.recording.outputs)
@@ -479,11 +494,11 @@ class JointPlanner:
         plan = replace(plan, quantization=self.levers.quantizations.get(choice.quantize or ""))
         plan = self._scheduled(choice, plan)
         emulate = self._is_emulated(choice)
-        options: dict[str, Any] = {"strict": True, "plan": plan} | ({} if plan.has_schedule else {"cache": "off"})
-        compiled = compile_static(self.module, self.backend, options | {"emulate": emulate})
+        compiled = compile_static(self.module, self.backend, {"strict": True, "plan": plan, "emulate": emulate})
         share = choice.calls / self.num_calls
         error = self._error(self._samples("checking the plan", compiled, share))
         speedup = self._timed(self._full) / self._timed(compiled, share)
+        runtime_of(compiled).reset()  # as in `_alone`
         measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": speedup}
         predicted = self._predict(choice)
         measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}
@@ -493,12 +508,22 @@ class JointPlanner:
     def _scheduled(self, choice: Choice, plan: Plan) -> Plan:
         """Returns the plan with the schedule of the choice, whose weights are fitted to what the plan compresses."""
         if choice.calls == self.num_calls:
-            return plan
+            return self._everything.compressed_like(plan)
         bare = Plan.without_schedule("", plan.timesteps, plan.streams).compressed_like(plan)
         _, schedules, gain = self._schedule(choice.calls)
         search = self._search(self._compiled(plan=bare, emulate=self._is_emulated(choice)), choice.calls)
         search.gain = gain
-        return search.plan(schedules).compressed_like(plan)
+        fitted = search.plan(schedules).compressed_like(plan)
+        runtime_of(search.compiled).reset()  # as in `_alone`
+        return fitted
+
+    @property
+    def _everything(self) -> Plan:
+        """The schedule that computes every call: without one the option `cache` would decide what is reused."""
+        streams, timesteps = tuple(self.recording.outputs), tuple(self.recording.timesteps)
+        compute = np.ones((len(streams), len(timesteps), 1), dtype=np.bool_)
+        unread = np.zeros((*compute.shape, 1), dtype=np.float32)
+        return Plan(self.fingerprint, "output", ("output",), timesteps, compute, unread, streams)
 
     def _is_emulated(self, choice: Choice) -> bool:
         return choice.quantize is not None and choice.quantize not in self.levers.fast

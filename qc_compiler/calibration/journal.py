@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import PlanError
+from ..errors import OptionError, PlanError
 from ..plan import Plan
 
-VERSION = b"2"  # a file of another one is forgotten like that of another model
+VERSION = b"3"  # a file of another one is forgotten like that of another model
 
 
 class Journal:
@@ -27,6 +28,8 @@ class Journal:
 
     def __init__(self, path: str | Path | None) -> None:
         self._path = None if path is None else Path(path)
+        if self._path is not None and (self._path.is_dir() or not os.access(self._path.parent, os.W_OK)):
+            raise OptionError(f"resume={str(path)!r}: expected a file in a directory that exists and can be written to")
         self._known: dict[str, Any] = {"generations": {}}
         self.generations = 0.0
 

@@ -29,6 +29,7 @@ from .selection import SELECTIONS
 from .sites import SiteRunner
 from .variance import fit_compensation
 
+OF_TARGET = ("data_range", "max_generations", "resume")
 DECIDED_BY_TARGET = (
     "share", "plan", "quantize", "bits", "attention", "windows", "token_order", "compensate", "budget", "level",
     "samples", "selection", "emulate",
@@ -104,12 +105,21 @@ def calibrate(
         OptionError: an argument is out of range, or `generate` returns no tensor.
         QuantCacheError: `generate` did not run the model over several steps.
     """
+    arguments, defaults = locals(), inspect.signature(calibrate).parameters
+    for name, parameter in defaults.items():
+        is_given = arguments[name] != parameter.default
+        if is_given and target is None and name in OF_TARGET:
+            raise OptionError(f"{name}={arguments[name]!r} is read with a target only: leave it out, or give one")
+        if is_given and target is not None and name in DECIDED_BY_TARGET:
+            raise OptionError(f"target={target!r} decides what {name} would: leave {name} out")
     if target is not None:
-        arguments, defaults = locals(), inspect.signature(calibrate).parameters
-        for name in DECIDED_BY_TARGET:
-            if arguments[name] != defaults[name].default:
-                raise OptionError(f"target={target!r} decides what {name} would: leave {name} out")
-        targets = [parse_target(text) for text in ([target] if isinstance(target, str) else target)]
+        is_list = isinstance(target, (list, tuple))
+        targets = [parse_target(text) for text in (target if is_list else [target])]
+        if not targets:
+            raise OptionError(f"target={target!r}: expected at least one such as 'psnr=35'")
+        if data_range is not None:
+            _check_positive("data_range", data_range)
+        _check_positive("max_generations", max_generations)
         planner = JointPlanner(
             model,
             generate,
@@ -120,7 +130,7 @@ def calibrate(
             backend=backend,
         )
         plans = planner.plans(targets)
-        return plans[0] if isinstance(target, str) else plans
+        return plans if is_list else plans[0]
     if quantize is not None:
         recipe_of(quantize)
         check_bits(bits)
@@ -161,6 +171,11 @@ def calibrate(
         plan = fit_compensation(compile_static(module, backend, options), generate, recording, plan)
     assert plan is not None
     return plan
+
+
+def _check_positive(name: str, number: Any) -> None:
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+        raise OptionError(f"{name}={number!r}: expected a number above 0")
 
 
 def _check_attention(budget: Any, windows: Sequence[float], order: str) -> None:

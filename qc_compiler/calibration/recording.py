@@ -1,6 +1,8 @@
 """Looks over the runtime's shoulder: what went into a model and came out of it at every step of a trajectory."""
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +40,11 @@ class Recording:
     def observe(
         self, graph: GuardedGraph, position: Position, timestep: float | None, inputs: Any, results: Any
     ) -> Any:
-        """Takes one call of the model; returns its results as they are."""
+        """Takes one call of the model; returns its results as they are.
+
+        Raises:
+            QuantCacheError: the model predicts NaN or Inf, or the trajectory is a second one.
+        """
         if position.step == len(self.timesteps):
             self.timesteps.append(float(position.step) if timestep is None else timestep)
         if position.step < len(self.inputs.get(position.stream, [])):
@@ -46,11 +52,25 @@ class Recording:
         assert graph.latent is not None
         self.inputs.setdefault(position.stream, []).append(flat(inputs[graph.latent]))
         self.outputs.setdefault(position.stream, []).append(flat(results[0]))
+        if not self.outputs[position.stream][-1].isfinite().all():
+            raise QuantCacheError(f"the model predicts NaN or Inf at step {position.step}: nothing can be measured")
         return results
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    def check(self) -> None:
+        """
+        Raises:
+            QuantCacheError: a stream is not called at every step.
+        """
+        for stream, outputs in self.outputs.items():
+            if len(outputs) != self.num_steps:
+                raise QuantCacheError(
+                    f"generate(model) called stream {stream!r} at {len(outputs)} of {self.num_steps} steps (guidance "
+                    "in a part of them?): a plan needs every stream at every step"
+                )
 
     def gram(self) -> Tensor:
         """Returns the inner products of the predictions of all steps, float64 (N, N), summed over the streams."""
@@ -125,6 +145,15 @@ def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Te
 def compile_static(module: Any, backend: Any, options: Mapping[str, Any]) -> Any:
     """Compiles a model for the sizes that it is called with: attention is rewritten for known ones only."""
     return torch.compile(module, backend=backend, options=dict(options), dynamic=False)
+
+
+def forget_graphs(module: nn.Module) -> None:
+    """Lets Dynamo forget what it compiled of a model: those graphs would count as recompilations later."""
+    forward = inspect.unwrap(module.forward)
+    while isinstance(forward, functools.partial):  # as hooks leave it
+        forward = inspect.unwrap(forward.func)
+    if (code := getattr(forward, "__code__", None)) is not None:
+        torch._dynamo.eval_frame.reset_code(code)
 
 
 def compiled_runtime(compiled: Any, generate: Callable[[Any], Any]) -> Runtime:

@@ -1,5 +1,6 @@
 """What each block is worth: how far a prediction moves where one block is left out."""
 
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,31 @@ from .recording import Recording, flat
 
 
 class OneBlockLess:
-    """Leaves one block out of each call, another each time, and keeps the trajectory on its recorded path."""
+    """Leaves one block out of each call, and keeps the trajectory on its recorded path.
+
+    It is the block that was left out least so far, and of several the one least in the call's stream.
+    """
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self._name = recording, ""
+        self._names: list[str] = []
+        self._times: dict[str, Counter[str]] = defaultdict(Counter)  # left out, of each stream
         self._errors: dict[str, list[float]] = {}
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every block was left out: more blocks than calls take several runs."""
+        return set(self._names) <= self._errors.keys()
 
     def decide(
         self, graph: GuardedGraph, position: Position, state: StreamState, *_: Any
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32], None]:
-        names = [name for name, can in zip(graph.names, graph._prunable) if can and name not in ("output", "probe")]
+        here, total = self._times[position.stream], sum(self._times.values(), Counter())
+        prunable = zip(graph.names, graph._prunable)
+        self._names = [name for name, can in prunable if can and name not in ("output", "probe")]
+        self._name = min(self._names, key=lambda name: (total[name], here[name]), default="")
+        here[self._name] += 1
         compute = np.ones(len(graph.names), dtype=np.bool_)
-        turn = list(self.recording.outputs).index(position.stream) * self.recording.num_steps + position.step
-        self._name = names[turn % len(names)] if names else ""  # in each stream one after the other
         if self._name:
             compute[graph.names.index(self._name)] = False
         return compute, np.zeros((len(graph.names), graph.interface.depth), dtype=np.float32), None

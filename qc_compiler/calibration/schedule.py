@@ -126,6 +126,7 @@ class ScheduleSearch:
     ) -> None:
         if recording.num_steps < 3:
             raise QuantCacheError(f"generate(model) took {recording.num_steps} steps of the model: expected 3 or more")
+        recording.check()
         self.compiled, self.generate, self.recording, self.reference = compiled, generate, recording, reference
         self.level, self.tell = level, tell
         self.gain = GAINS[0]

@@ -60,6 +60,12 @@ def test_another_resolution_before_changes_nothing():
     assert calibrated(model, 0.2).attention.layers
 
 
+def test_what_a_plan_prunes_stays_pruned(model):
+    plan = Plan.without_schedule("", pruned=("blocks.1",), reasons=("blocks.1 does little",))
+    found = calibrated(model, 0.4, plan=plan)
+    assert (found.pruned, found.reasons[0]) == (("blocks.1",), "blocks.1 does little")
+
+
 def calibrated(model, attention, share=None, generate=generate, **options):
     options = {"windows": WINDOWS, "level": "output", "budget": 2} | options
     return qc_compiler.calibrate(

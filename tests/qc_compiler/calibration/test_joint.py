@@ -18,7 +18,8 @@ from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, first_call
 from qc_compiler.calibration.removal import OneBlockLess
 from qc_compiler.formats.schemes import SCHEMES, Scheme
 from qc_compiler.plan import Plan
-from tiny_models import compile_eagerly, eager_backend, guided, tiny_dit
+from qc_compiler.registry import runtimes_of
+from tiny_models import compile_eagerly, eager_backend, guided, sample, tiny_dit
 
 STEPS = 12
 
@@ -130,22 +131,96 @@ def test_each_block_is_left_out_in_every_stream():
     assert left_out == {("0", 1), ("0", 2), ("1", 1), ("1", 2)}
 
 
+def test_more_blocks_than_calls_take_several_runs():
+    recording, model = Recording(), tiny_dit(5)
+    compiled = compile_eagerly(model, COMPUTE_ALL | {"level": "output+block"})
+    run_steered(compiled, four_steps, recording)
+    pilot = OneBlockLess(recording)
+    runs = 0
+    while not runs or not pilot.is_done:
+        run_steered(compiled, four_steps, pilot)
+        runs += 1
+    assert (runs, len(pilot.harms())) == (2, 5)
+
+
+def four_steps(model):
+    return sample(model, num_steps=4)
+
+
+def unseeded(model):
+    return guided(lambda x, t: model(x + 0.5 * torch.randn_like(x), t))
+
+
+def partly_guided(model):
+    """A second stream at steps 3 to 8 only."""
+
+    def call(x, t):
+        with qc_compiler.stream("cond"):
+            velocity = model(x, t)
+        if 300 < float(t[0]) <= 750:
+            with qc_compiler.stream("uncond"):
+                velocity = 2 * velocity - model(0.9 * x, t)
+        return velocity
+
+    return sample(call, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("generate", "message"),
+    [
+        (unseeded, r"returned other samples when called again \(relative error [\d.e-]+\): fix its seed"),
+        (lambda m: guided(m) * torch.nan, r"relative error inf\): fix its seed; if it did, they are not finite"),
+        (lambda m: guided(lambda x, t: m(x * torch.nan, t)), "the model predicts NaN or Inf at step 0"),
+        (partly_guided, "called stream 'uncond' at 6 of 12 steps"),
+        (lambda m: sample(m, 1), "took 1 step of the model: expected 2 or more"),
+    ],
+    ids=["unseeded", "NaN samples", "NaN", "guidance at some steps", "one step"],
+)
+@pytest.mark.parametrize("target", ["psnr=40", "memory=1GiB"])
+def test_what_cannot_be_measured(generate, message, target):
+    model = tiny_dit(2)
+    with pytest.raises(QuantCacheError, match=message):
+        qc_compiler.calibrate(model, generate, target=target, progress=False, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 35}, "target=35: expected 'speedup=4'"),
+        ({"target": []}, r"target=\[\]: expected at least one such as 'psnr=35'"),
+        ({"target": "psnr=35", "data_range": -1.0}, "data_range=-1.0: expected a number above 0"),
+        ({"target": "psnr=35", "max_generations": None}, "max_generations=None: expected a number above 0"),
+        (
+            {"target": "psnr=35", "resume": "/nowhere/calibration"},
+            "resume='/nowhere/calibration': expected a file in a",
+        ),
+        ({"target": "psnr=35", "resume": "/"}, "resume='/': expected a file in a directory that exists"),
+        ({"resume": "calibration"}, "resume='calibration' is read with a target only: leave it out, or give one"),
+        ({"max_generations": 5}, "max_generations=5 is read with a target only"),
+    ],
+)
+def test_wrong_arguments_are_found_before_anything_runs(model, options, message):
+    with pytest.raises(OptionError, match=message):
+        qc_compiler.calibrate(model, lambda m: pytest.fail("it ran"), **options)
+
+
 def test_targets_are_met_as_the_plans_say(model, planned):
-    fine, fast = planned[1]["psnr=50"], planned[1]["speedup=3"]
+    fine, fast, small = planned[1].values()
     assert fine.measured["psnr"] >= 50
     assert fast.measured["speedup"] >= 3
+    assert small.measured["error"] == 0
     reference = guided(model)
-    for plan in (fine, fast):
+    for plan in (fine, fast, small):
         found = guided(compile_eagerly(model, {"plan": plan}))
         error = float((found - reference).norm() / reference.norm())
         assert error == pytest.approx(plan.measured["error"], rel=1e-3)
         assert plan.reasons[0].startswith(f"{plan.compute[..., 0].sum()} calls")
-        assert plan.measured["speedup"] > 1
+        assert plan.measured["speedup"] >= 1
 
 
 def test_memory_is_met_by_the_scheme_with_the_least_error(model, planned):
     planner, plan = planned[0], planned[1]["memory=1GiB"]
-    assert (plan.quantization, plan.pruned, plan.has_schedule) == (None, (), False)
+    assert (plan.quantization, plan.pruned, plan.compute.all()) == (None, (), True)
     assert plan.fingerprint == planned[1]["psnr=50"].fingerprint
     full = planner._weight_bytes(Choice(planner.num_calls))
     assert full == sum(p.numel() * 4 for p in model.parameters())
@@ -157,6 +232,18 @@ def test_memory_is_met_by_the_scheme_with_the_least_error(model, planned):
     )
     with pytest.raises(OptionError, match=r"target memory=10 bytes: the least is \d+"):
         planner._choose(Target("memory", 10.0))
+
+
+def test_what_is_left_to_try_bounds_the_memory(model):
+    half = sum(p.numel() * 2 for p in model.parameters())
+    with pytest.raises(OptionError, match=r"the least of what max_generations=1 left to try is \d+"):
+        planner_for(model, max_generations=1.0).plans([Target("psnr", 50.0), Target("memory", half)])
+
+
+def test_no_prepared_weights_remain(model, planned):
+    prepared = [weights for runtime in runtimes_of(model) for weights in runtime.prepared.values()]
+    assert prepared
+    assert not any(weights.nbytes for weights in prepared)
 
 
 @pytest.mark.parametrize("scheme", ["w4a8", "importance with 5.0 bits", "dmpq"])
