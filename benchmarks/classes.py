@@ -1,9 +1,10 @@
 """diffusers' own transformer classes, reduced in size, random weights: time, compilation and bit-identity, no quality.
 
 Times are of a step of a trajectory, as a ratio to compiled Inductor, in turns in one run. Ours and diffusers'
-TaylorSeer (its lite mode) compute every fourth step, the latter also the first three; PyramidAttentionBroadcast computes attention at every fourth step
-between timesteps 800 and 100; FasterCache (its defaults, its attention only) at every second below 681. diffusers'
-caches run compiled too, which breaks the graph at each hook. A peer that fails says so.
+TaylorSeer (its lite mode) compute every fourth step, the latter also the first three; PyramidAttentionBroadcast
+computes attention at every fourth step between timesteps 800 and 100; FasterCache (its defaults, its attention only) at
+every second below 681. diffusers' caches run compiled too, which breaks the graph at each hook. A peer that fails says
+so.
 
     OMP_NUM_THREADS=1 python benchmarks/classes.py
 """
