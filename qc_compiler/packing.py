@@ -12,7 +12,7 @@ quantcache it becomes this device's kernel.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,7 @@ def pack_(model: nn.Module, how: str | Plan) -> nn.Module:
         assert isinstance(linear, nn.Linear)
         if linear not in packed:
             packed[linear] = PackedLinear(linear, chosen, scales.get(name))
-        _replace(module, name, packed[linear])
-    for name in names:
-        if (linear := module.get_submodule(name)) in packed:
-            _replace(module, name, packed[linear])
+    _replace(module, names, packed)
     return model
 
 
@@ -225,8 +222,9 @@ def _nan(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -
 
 def _is_freed(tensor: Tensor) -> bool:
     """Whether a parameter says nothing: also one that `model.to(…)` gave memory again."""
-    can = tensor.numel() > 1 and tensor.is_floating_point() and not tensor.is_meta
-    return can and bool(tensor.flatten()[0].isnan()) and (not any(tensor.stride()) or bool(tensor.isnan().all()))
+    if tensor.numel() < 2 or tensor.is_meta or not tensor[(0,) * tensor.dim()].isnan():
+        return False
+    return not any(tensor.stride()) or bool(tensor.isnan().all())
 
 
 def _planned(known: Quantization, scheme: Scheme, module: nn.Module) -> dict[str, Scheme]:
@@ -298,14 +296,9 @@ def load_packed(model: nn.Module, path: str | Path, device: str | torch.device =
     module = getattr(model, "_orig_mod", model)
     header, tensors = _read(path, str(device))
     _check(module, header, tensors, path)
-    places: dict[nn.Module, list[str]] = {}  # a linear may stand in several
-    for name, child in module.named_modules(remove_duplicate=False):
-        places.setdefault(child, []).append(name)
-    for name, linear in header.linears.items():
-        old = module.get_submodule(name)
-        shell = _shell(old, linear)
-        for place in places[old]:
-            _replace(module, place, shell)
+    linears = {name: module.get_submodule(name) for name in header.linears}
+    shells = {linear: _shell(linear, header.linears[name]) for name, linear in linears.items()}
+    _replace(module, [*linears, *_linears_of_blocks(module)], shells)
     for name, dtype in header.freed.items():
         tensors[name] = _nan(module.get_parameter(name).shape, _dtype_of(dtype), device)
     tied = _tied(module)
@@ -429,11 +422,12 @@ def _linears_of_blocks(module: nn.Module) -> list[str]:
     ]
 
 
-def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    old = module.get_submodule(name)
-    new.train(old.training)
-    setattr(module.get_submodule(owner), leaf, new)
+def _replace(module: nn.Module, names: Sequence[str], packed: Mapping[nn.Module, PackedLinear]) -> None:
+    """Puts packed linears where plain ones stand under these names; one may have several."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if (old := module.get_submodule(name)) in packed:
+            setattr(module.get_submodule(owner), leaf, packed[old].train(old.training))
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:
