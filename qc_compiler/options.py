@@ -243,8 +243,7 @@ def check(options: Options) -> Options:
             _at_least(name, value, 0 if name == "max_skip" else 1)
     for name, most in (("threshold", math.inf), ("precision_threshold", math.inf), ("prune_threshold", 1)):
         value = getattr(options, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and 0 <= value <= most):
+        if value is not None and not (is_number(value) and 0 <= value <= most):
             limits = "of at least 0" if most == math.inf else f"from 0 to {most}"
             raise OptionError(f"{name}={value!r}: expected a number {limits}")
     _at_least("prune_seed", options.prune_seed, 0)
@@ -281,13 +280,17 @@ def check(options: Options) -> Options:
     return options
 
 
+def is_number(value: Any) -> bool:
+    """Says whether a value is an int or a float; `True` is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_bits(bits: Any) -> None:
     """
     Raises:
         OptionError: they are no mean of the widths that a weight can have.
     """
-    is_number = isinstance(bits, (int, float)) and not isinstance(bits, bool)
-    if not is_number or not 4 <= bits <= 16:
+    if not is_number(bits) or not 4 <= bits <= 16:
         raise OptionError(f"bits={bits!r}: expected a number from 4 to 16")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from ..attention import INT8
 from ..errors import OptionError, QuantCacheError, nearest
 from ..formats.schemes import recipe_of
-from ..options import check_bits
+from ..options import check_bits, is_number
 from ..plan import TOKEN_ORDERS, Plan
 from ..registry import runtime_of
 from .attention import WINDOWS, calibrate_heads
@@ -174,13 +174,12 @@ def calibrate(
 
 
 def _check_positive(name: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+    if not is_number(number) or not number > 0:
         raise OptionError(f"{name}={number!r}: expected a number above 0")
 
 
 def _check_attention(budget: Any, windows: Sequence[float], order: str) -> None:
-    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if not is_number or not budget >= 0:
+    if not is_number(budget) or not budget >= 0:
         raise OptionError(f"attention={budget!r}: expected a number of at least 0")
     for share in windows:
         if share != INT8 and not 0 < share < 2:
