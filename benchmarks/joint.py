@@ -42,6 +42,7 @@ RULES: dict[str, dict[str, Any]] = {
     "HLC": {"cache": "hlc", "level": "output", "cache_order": 2, "max_skip": 6},
     "TeaCache": {"cache": "teacache", "level": "network", "cache_order": 1, "max_skip": 6},
     "every n-th step": {"cache": "static", "level": "output", "cache_order": 1},
+    "SRAP": {"cache": "off", "prune": "srap"},
 }
 RULES["naive stack (HLC, W8A8)"] = RULES["HLC"] | {"quantize": "w8a8"}
 VALUES = {
@@ -49,7 +50,10 @@ VALUES = {
     "naive stack (HLC, W8A8)": (0.003, 0.01, 0.02),
     "TeaCache": (0.05, 0.15, 0.4),
     "every n-th step": (3, 5, 7),
+    "SRAP": (0.999, 0.995, 0.99),
 }
+KNOBS = {"every n-th step": "interval", "SRAP": "prune_threshold"}  # of the others it is `threshold`
+DELTA = 0.2  # of the heads alone
 SHARES = (0.1, 0.14, 0.2)  # of schedules alone
 
 
@@ -115,6 +119,16 @@ def schedule(name: str, model: Any, share: float) -> qc_compiler.Plan:
     )
 
 
+def heads(name: str, model: Any) -> qc_compiler.Plan:
+    """Returns a plan that does nothing but attention, head by head."""
+    how = {"share": None, "attention": DELTA, "progress": False}
+    return remembered_plan(
+        f"joint_{name}",
+        f"heads_{DELTA}",
+        lambda: qc_compiler.calibrate(model, SUBJECTS[name].calibration_samples, **how),
+    )
+
+
 class Comparison:
     """A model, its full computation, and compiled Inductor to be timed against."""
 
@@ -136,8 +150,9 @@ class Comparison:
         for preset in ("high", "balanced", "fast"):
             yield self.row(f"preset, {preset}", lambda preset=preset: self.compiled(preset=preset))  # type: ignore[misc]
         yield self.row("W8A8", lambda: self.compiled(cache="off", quantize="w8a8"))
+        yield self.row(f"heads, δ {DELTA}", lambda: self.compiled(cache="off", plan=heads(self.name, self.model)))
         for rule, options in RULES.items():
-            knob = "interval" if rule == "every n-th step" else "threshold"
+            knob = KNOBS.get(rule, "threshold")
             for value in VALUES[rule]:
                 named = options | {knob: value, "num_steps": self.subject.steps}
                 yield self.row(f"{rule}, {knob} {value}", lambda named=named: self.compiled(**named))  # type: ignore[misc]

@@ -89,7 +89,7 @@ class Quality:
     """What samples are worth, against those of the full computation and against the digits they are asked to show.
 
     Attributes:
-        psnr: Of all samples together, as the planner means it: one that goes another way weighs in full. In dB.
+        psnr: Mean of the samples', as the planner means it, in dB.
         ssim: Mean over the samples.
         distance: Mean squared distance of the classifier's features, over that of two different samples: 0 is the
             same, 1 as far apart as any two.

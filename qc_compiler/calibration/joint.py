@@ -2,24 +2,25 @@
 
     choose      c calls to compute (of S·N), a scheme q of the linears, δ of the heads, p blocks to prune
     time        T = c·t·r_q·r_δ·r_p + (S·N − c)·t₀           t and t₀ of a computed and of a reused call, measured
-    error       E² = e_c² + e_q² + e_δ² + e_p²               relative, of the samples
+    error       E² = e_c² + e_q² + e_δ² + e_p²               relative, the geometric mean of the samples'
 
 so that T is least within an error, E is least within a time, or E is least within the bytes of the weights. The parts:
 
     r_q, r_δ    of a step's time, measured, with nothing else changed; tried where `qc_compiler.cost`, which also gives
                 r_p, says that it saves anything
-    e_c         of the best schedule found for c calls; searched twice as long where the choice falls, interpolated
-                (log–log) between, and falling to 0 where all calls are computed
-    e_q, e_δ    of the samples with nothing else changed, each measured by a run; a scheme may give each linear bits of
-                its own (`importance`) or each step (`dmpq`), measured on the recorded trajectory
+    e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log)
+                between, and falling to 0 where all calls are computed
+    e_q, e_δ    of the samples, with everything computed and on a cached trajectory, where they may do far more harm;
+                interpolated (log–log) between. A scheme may give each linear bits of its own (`importance`) or each
+                step (`dmpq`), measured on the recorded trajectory
     e_p         Σ h_b² of the blocks b left out: how far the prediction moves where b alone is left out, on the recorded
                 path, one block a call; the blocks that cost least error for their time come first
 
 What is chosen is built: schedule, heads on the cached trajectory, linears on that, and last the weights of the skipped
 steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run; what came
 out counts for this choice from now on. How many times E and T it is, is fitted by a factor for each lever to all that
-was built: heads do more harm and save less on a cached trajectory, where fewer of them can be stale. Then it is chosen
-again, with as much caution as the last prediction was wrong, until the choice has been built already.
+was built: heads save less on a cached trajectory, where fewer of them can be stale. Then it is chosen again, with as
+much caution as the last prediction was wrong, until the choice has been built already.
 
 A call is computed whole or not at all: giving one up for two of half of the blocks, as `find_schedule` tries, lowered
 the error of no schedule of the image DiT that computes a tenth, a seventh or a fifth.
@@ -32,6 +33,7 @@ import functools
 import itertools
 import math
 import re
+import statistics
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -56,7 +58,7 @@ from ..registry import runtime_of
 from .attention import PROBES, calibrate_heads, open_heads, step_weights
 from .importance import Measurement, measure
 from .journal import Journal
-from .recording import COMPUTE_ALL, Recording, compile_static, first_call, flat, forget_graphs, run_steered
+from .recording import COMPUTE_ALL, Recording, by_sample, compile_static, first_call, forget_graphs, run_steered
 from .removal import OneBlockLess
 from .samples import Calls
 from .schedule import DEPTH, Schedules, ScheduleSearch, relative_error
@@ -73,7 +75,8 @@ OF_BITS = {  # a linear's scheme, by the bits of its weight
 DELTAS = (0.05, 0.2)  # of the heads
 WORTH = 0.03  # part of a step's time that a lever must be able to save
 SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
-EFFORT, MORE = 3, 6  # generations for the search of a schedule, and where the choice falls on it
+CACHED = 0.2  # share of the calls of the trajectory on which levers are measured beside the full one
+EFFORT = 4  # generations for the search of a schedule
 ROUNDS = 4  # of building and correcting
 DOUBT = 0.3  # ridge of the factors of the levers: one plan alone is believed to three quarters
 SAME = 0.05  # relative error of two runs that should be alike: kernels may round differently
@@ -133,11 +136,12 @@ class Choice:
 
 @dataclass
 class Levers:
-    """What was measured of each lever alone: squared relative errors, and its time over that of the full model."""
+    """What was measured of each lever: squared relative errors, and its time over that of the full model."""
 
     schemes: dict[str | None, float] = field(default_factory=lambda: {None: 0.0})
     quantizations: dict[str, Quantization] = field(default_factory=dict, compare=False)
     deltas: dict[float | None, float] = field(default_factory=lambda: {None: 0.0})
+    cached: dict[str | float | None, tuple[int, float]] = field(default_factory=dict)  # calls, and what it adds there
     ratios: dict[str | float | None, float] = field(default_factory=lambda: {None: 1.0}, compare=False)
     prunable: list[tuple[str, float]] = field(default_factory=list)  # in the order in which blocks are left out
     fast: set[str] = field(default_factory=set)  # schemes that save time here
@@ -179,7 +183,6 @@ class JointPlanner:
         self._task = self._progress.add_task("recording", total=max_generations, spent="")
         self._schedules: dict[int, tuple[float, Schedules, float]] = {}  # calls → error, schedules, gain
         self._built: dict[Choice, Plan] = {}
-        self._refined: set[int] = set()  # calls whose schedule was searched with `MORE`
         self._seconds: dict[Choice, float] = {}  # of a computed call, by all but their number
         self._learned: dict[Any, NDArray[np.float64]] = {}  # lever → logarithms of the factors of error and time
         self._caution = np.zeros(2)  # likewise, of all that was not built, while one target is planned
@@ -217,7 +220,8 @@ class JointPlanner:
             )
         full_seconds = self._lap(compiled)
         runtime_of(compiled).configure(interval=10**6)
-        rest_seconds = self._timed(compiled, share=1 / self.recording.num_steps)
+        self._lap(compiled, share=1 / self.recording.num_steps)  # compiles
+        rest_seconds = self._lap(compiled, share=1 / self.recording.num_steps)
         runtime_of(compiled).configure(interval=1)
         self._full = compiled
         num_first = len(self.recording.outputs)
@@ -236,6 +240,7 @@ class JointPlanner:
         self._measure_schemes("memory" in kinds)
         if set(kinds) != {"memory"}:
             self._measure_heads()
+            self._measure_cached()
 
     def _measure_schemes(self, needs_memory: bool) -> None:
         for scheme in filter(SCHEMES.__contains__, RECIPES):
@@ -267,6 +272,16 @@ class JointPlanner:
                     self.levers.fast.discard(scheme)
                     self.levers.reasons.append(f"{scheme}: a step takes {plan.measured['ratio']:.0%} of its time")
         self.__dict__.pop("_linears", None)  # it holds activations of all blocks
+        self._keep_the_best()
+
+    def _keep_the_best(self) -> None:
+        """Drops schemes where another one is as fast and as precise."""
+        known = {name: (noise, self.levers.ratios[name]) for name, noise in self.levers.schemes.items() if name}
+        for name, figures in known.items():
+            others = (other for other in known if other != name and {name, other} <= self.levers.fast)
+            if better := next((o for o in others if all(np.less_equal(known[o], figures))), None):
+                self.levers.fast.discard(name)
+                self.levers.reasons.append(f"{name}: it is neither faster nor more precise than {better}")
 
     def _is_fast(self, recipe: str) -> bool:
         """Whether this device has a kernel for all that a recipe may choose, and one of them saves time."""
@@ -313,16 +328,52 @@ class JointPlanner:
             else:
                 self.levers.deltas[delta], self.levers.ratios[delta] = error**2, ratio
 
+    def _measure_cached(self) -> None:
+        """Measures what each lever adds to the error of a schedule, refitted to it."""
+        calls = min(self._schedules, key=lambda calls: abs(calls - CACHED * self.num_calls))
+        bare = self._schedule(calls)[0]
+        compressed = [Choice(calls, quantize=scheme) for scheme in self.levers.schemes if scheme in self.levers.fast]
+        compressed += [Choice(calls, delta=delta) for delta in self.levers.deltas if delta is not None]
+        for choice in compressed:
+            if self._is_over:
+                break
+            error = self._journal.get(f"cached: {choice}", lambda: self._composed(choice).measured["error"])  # noqa: B023
+            (lever,) = choice.levers
+            self.levers.cached[lever] = calls, error**2 - bare**2
+
     def _heads_alone(self, delta: float) -> tuple[float, float]:
         plan = self._with_heads(Plan.without_schedule(""), delta)
         return self._alone(self._compiled(plan=plan), f"heads, δ = {delta}")
 
     def _alone(self, compiled: Any, what: str) -> tuple[float, float]:
-        """Returns the error of a lever with everything computed, and its time over that of the full model."""
-        error = self._error(self._samples(f"{what} alone", compiled))
-        seconds = self._lap(compiled)
+        """Returns the error of a lever with everything computed, and the time of its calls over the full model's."""
+        samples, ratio = self._beside_full(compiled, f"{what} alone")
         runtime_of(compiled).reset()  # Dynamo keeps its graph, which would keep a copy of all weights
-        return error, seconds / self._lap(self._full)
+        return self._error(samples), ratio
+
+    def _beside_full(self, compiled: Any, what: str) -> tuple[Tensor, float]:
+        """Returns the samples of a model that computes everything, and the time of its calls over the full model's.
+
+        Each call is made to both, so that whatever else the machine does happens to both; the median counts.
+        """
+        ratios: list[float] = []
+        full_seconds = begun = 0.0
+
+        def before(_: Any, args: Any, kwargs: Any) -> None:
+            nonlocal full_seconds, begun
+            start = self._time()
+            self._full(*args, **kwargs)
+            begun = self._time()
+            full_seconds = begun - start
+
+        def after(*_: Any) -> None:
+            ratios.append((self._time() - begun) / full_seconds)
+
+        handles = compiled.register_forward_pre_hook(before, with_kwargs=True), compiled.register_forward_hook(after)
+        samples = self._samples(what, compiled, share=2.0)
+        for handle in handles:
+            handle.remove()
+        return samples, statistics.median(ratios)
 
     def _measure_blocks(self) -> None:
         def run() -> dict[str, float]:
@@ -346,15 +397,9 @@ class JointPlanner:
             self._schedules[calls] = error, _as_tuples(schedules), gain
         return self._schedules[calls]
 
-    def _refine(self, calls: int) -> None:
-        """Searches longer for the schedule of this many calls."""
-        error, schedules, gain = self._journal.get(f"{calls} calls, refined", lambda: self._find(calls, MORE))
-        self._schedules[calls] = error, _as_tuples(schedules), gain
-        self._refined.add(calls)
-
-    def _find(self, calls: int, effort: float = EFFORT) -> tuple[float, Schedules, float]:
+    def _find(self, calls: int) -> tuple[float, Schedules, float]:
         search = self._search(self._compiled(), calls)
-        num_candidates = max(10, round(effort * self.num_calls / calls))
+        num_candidates = max(10, round(EFFORT * self.num_calls / calls))
         plan = search.find(calls // len(self.recording.outputs), num_candidates)
         return plan.measured["error"], search.best, search.gain
 
@@ -391,11 +436,20 @@ class JointPlanner:
     def _by_parts(self, choice: Choice) -> tuple[float, float]:
         """Returns error and speed-up as if no lever changed what another does."""
         removed = dict(self.levers.prunable)
-        noise = self.levers.schemes[choice.quantize] + self.levers.deltas[choice.delta]
+        noise = self._noise(choice.quantize, self.levers.schemes[choice.quantize], choice.calls)
+        noise += self._noise(choice.delta, self.levers.deltas[choice.delta], choice.calls)
         noise += sum(removed[name] for name in choice.pruned)
         idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
         seconds = choice.calls * self._call_seconds(choice) + idle
         return math.sqrt(self._schedule_error(choice.calls) ** 2 + noise), self.full_seconds / seconds
+
+    def _noise(self, lever: str | float | None, alone: float, calls: int) -> float:
+        """Returns the squared error that a lever adds where so many calls are computed, of that where all are."""
+        at, cached = self.levers.cached.get(lever, (1, 0.0))
+        if cached <= alone or calls == self.num_calls:
+            return alone
+        logs = np.log(np.maximum((cached, alone), 1e-24))
+        return math.exp(float(np.interp(math.log(calls), np.log((at, self.num_calls)), logs)))
 
     def _call_seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a computed call."""
@@ -469,12 +523,12 @@ class JointPlanner:
         return best
 
     def _settled(self, target: Target) -> Choice:
-        """Returns the choice once it rests on a schedule that was searched for long, not on one between others."""
+        """Returns the choice once it rests on a schedule that was searched for, not on errors between others'."""
         choice = self._choose(target)
         for _ in range(ROUNDS):
-            if choice.calls in (self.num_calls, *self._refined) or choice in self._built or self._is_over:
+            if choice.calls in (self.num_calls, *self._schedules) or self._is_over:
                 break
-            self._refine(choice.calls)
+            self._schedule(choice.calls)
             choice = self._choose(target)
         return choice
 
@@ -487,17 +541,20 @@ class JointPlanner:
         wanted = "speedup" if target.kind == "psnr" else "psnr"
         return max(good, key=lambda plan: plan.measured[wanted], default=None)
 
-    def _build(self, choice: Choice) -> Plan:
+    def _composed(self, choice: Choice) -> Plan:
         plan = Plan.without_schedule(self.fingerprint, pruned=choice.pruned)
         if choice.delta is not None:
             plan = self._with_heads(self._scheduled(choice, plan), choice.delta)
         plan = replace(plan, quantization=self.levers.quantizations.get(choice.quantize or ""))
-        plan = self._scheduled(choice, plan)
+        return self._scheduled(choice, plan)
+
+    def _build(self, choice: Choice) -> Plan:
+        plan = self._composed(choice)
         emulate = self._is_emulated(choice)
         compiled = compile_static(self.module, self.backend, {"strict": True, "plan": plan, "emulate": emulate})
         share = choice.calls / self.num_calls
         error = self._error(self._samples("checking the plan", compiled, share))
-        speedup = self._timed(self._full) / self._timed(compiled, share)
+        speedup = self._speedup(compiled, share)
         runtime_of(compiled).reset()  # as in `_alone`
         measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": speedup}
         predicted = self._predict(choice)
@@ -590,19 +647,27 @@ class JointPlanner:
 
     def _samples(self, what: str, compiled: Any, share: float = 1.0) -> Tensor:
         self._spend(share, what)
-        return flat(self.generate(compiled))
+        return by_sample(self.generate(compiled))
 
-    def _timed(self, compiled: Any, share: float = 1.0) -> float:
-        """Returns the seconds of the second of two runs: the first may compile."""
-        self._lap(compiled, share)
-        return self._lap(compiled, share)
+    def _speedup(self, compiled: Any, share: float) -> float:
+        """Returns how many times as fast as the full model it is, that has run: by a lap of that and as long of its."""
+        full, laps = self._lap(self._full), [self._lap(compiled, share)]
+        while sum(laps) < full:
+            laps.append(self._lap(compiled, share))
+        return full / statistics.median(laps)
 
     def _lap(self, compiled: Any, share: float = 1.0) -> float:
-        start = self._now()
-        flat(self.generate(compiled))  # on the host, so that the device has finished
-        seconds = self._now() - start
+        start = self._time()
+        self.generate(compiled)
+        seconds = self._time() - start
         self._spend(share, "timing")
         return seconds
+
+    def _time(self) -> float:
+        """Returns the seconds of the clock, after all that the device was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self._now()
 
     def _spend(self, share: float, what: str) -> None:
         self._journal.generations += share

@@ -64,8 +64,8 @@ def calibrate(
 
     Args:
         model: The model, plain or compiled.
-        generate: The user's sampling function: takes a model to call, returns the samples as one tensor. It must do
-            the same each time (fix the seed). A handful of samples is enough.
+        generate: The user's sampling function: takes a model to call, returns the samples as one tensor (B, …). It
+            must do the same each time (fix the seed). A handful of samples is enough.
         share: Part of the block computations to spend, in (0, 1]; None finds no schedule and leaves it to the option
             `cache`.
         plan: What was calibrated before, to be added to; its schedule is kept and `share` is not read.
@@ -86,10 +86,10 @@ def calibrate(
         samples: How many intermediate samples the linears are measured on, rounded up to whole batches.
         selection: How these are chosen: `tap`, `uniform`, `random` or `kmeans`.
         emulate: As the option: fit the compensation to formats that this device has no kernel for.
-        target: `speedup=4` (against everything computed, on this device), `psnr=35` (dB, of the samples against those
-            of the full model) or `memory=2GiB` (of the weights, for `pack_`): decides schedule, precision, heads and
-            pruning together (`qc_compiler.calibration.joint`), so that none of these is an argument. Of a list, all
-            are planned, with the same measurements.
+        target: `speedup=4` (against everything computed, on this device), `psnr=35` (dB, mean of the samples against
+            those of the full model) or `memory=2GiB` (of the weights, for `pack_`): decides schedule, precision, heads
+            and pruning together (`qc_compiler.calibration.joint`), so that none of these is an argument. Of a list,
+            all are planned, with the same measurements.
         data_range: What the PSNR of `target` is relative to; None takes the range of the samples.
         max_generations: For `target`: after so many full generations nothing new is tried, but for a target that no
             plan meets yet up to four are built.

@@ -128,8 +128,13 @@ def flat(value: Tensor) -> Tensor:
     return value.detach().reshape(-1).float().cpu()
 
 
+def by_sample(result: Tensor) -> Tensor:
+    """Returns samples (B, …) as (B, n), float32 on the CPU; what has one dimension is one sample."""
+    return flat(result).view(len(result) if result.dim() > 1 else 1, -1)
+
+
 def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Tensor:
-    """Runs `generate` once with `pilot` at the helm of the runtime; returns its samples."""
+    """Runs `generate` once with `pilot` at the helm of the runtime; returns its samples (B, n)."""
     runtime = compiled_runtime(compiled, generate)
     runtime.pilot = pilot
     try:
@@ -139,7 +144,7 @@ def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Te
         runtime.pilot = None
     if not isinstance(result, Tensor):
         raise OptionError(f"generate(model) returned {type(result).__name__}: expected the samples as one tensor")
-    return flat(result)
+    return by_sample(result)
 
 
 def compile_static(module: Any, backend: Any, options: Mapping[str, Any]) -> Any:

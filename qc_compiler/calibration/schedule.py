@@ -11,7 +11,8 @@
        now, and what that predicted when this one was last computed, stand beside its own last predictions: that makes
        v_uncond ≈ v_cond − (v_cond − v_uncond)ⱼ possible, and the difference changes slowly.
     5. The best of such lists of steps, of evenly spaced ones and of uneven shares for the streams is taken; then single
-       computed steps are moved, or given from one stream to another, while the measured error of the result falls.
+       computed steps are moved, or given from one stream to another, while the measured error of the result falls by
+       more than the luck of these samples.
     6. Partial computation: a computed step is given up for two steps that compute half of the blocks and extrapolate
        the others, where that lowers the measured error. If it never does, the plan guards the output alone.
 
@@ -44,7 +45,9 @@ from .recording import COMPUTE_ALL, Recording, compile_static, compiled_runtime,
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
 GAINS = (0.1, 0.0, 0.3, 1.0)  # of the feedback; the first one is where the search begins
 PARTS = (0.6, 0.7)  # of the work of all streams that one of them may get
+LUCK = 0.95  # a moved step must lower the error below this part: on other samples less lowers nothing, but raises it
 RIDGE = 1e-5  # relative; keeps the fitted weights near polynomial extrapolation where the data does not decide
+ROUNDING = 1e-7  # what a sample's error counts as where it has none but others do
 TINY = 1e-30  # what a model that predicts nothing but zeros needs beside it
 
 Schedule = tuple[tuple[int, tuple[int, ...]], ...]  # (step, its computed blocks); no blocks means all of them
@@ -110,7 +113,7 @@ class ScheduleSearch:
         compiled: The model; whatever else is done to it, the schedule has to live with.
         generate: As of `calibrate`.
         recording: Of the model as it should be.
-        reference: Its samples, flat.
+        reference: Its samples, (B, n).
         level: As of `calibrate`.
         tell: Is told after each run how it went.
     """
@@ -179,7 +182,8 @@ class ScheduleSearch:
             if (candidate := next((c for c in candidates(best) if c not in tried), None)) is None:
                 break
             tried.add(candidate)
-            best = self._best([best, candidate])
+            if self.measure(candidate, self.gain)[0] < LUCK * self.measure(best, self.gain)[0]:
+                best = candidate
         return best
 
 
@@ -396,6 +400,16 @@ def _fit(basis: Tensor, wanted: Tensor, prior: NDArray[np.float32]) -> NDArray[n
 
 
 def relative_error(result: Tensor, reference: Tensor) -> float:
-    """Returns ‖result − reference‖ / ‖reference‖; infinite where the result has NaN."""
-    error = float((result - reference).norm() / reference.norm())
-    return error if math.isfinite(error) else math.inf
+    """Returns the geometric mean over the samples of ‖result − reference‖ / ‖reference‖; infinite where one has NaN.
+
+    Its logarithm is the samples' mean PSNR, as it is usually reported. Of the candidates for the image DiT's schedule
+    the error of all samples together, which is mostly that of the worst, told less of how they do on other samples:
+    rank correlations of 0.79 and 0.83, where this has 0.92 and 0.89.
+
+    Args:
+        result, reference: (B, n). Each is relative to the quadratic mean of the references' norms.
+    """
+    errors = (result - reference).norm(dim=1) / reference.norm() * math.sqrt(len(reference))
+    if not errors.isfinite().all():
+        return math.inf
+    return float(errors.clamp_min(ROUNDING).log().mean().exp()) if errors.any() else 0.0

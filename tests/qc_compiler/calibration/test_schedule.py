@@ -5,8 +5,20 @@ import pytest
 import torch
 
 import qc_compiler
-from qc_compiler.calibration.recording import Recording
-from qc_compiler.calibration.schedule import exchanges, moves, residual, shortest_path, starts, uneven, whole_steps
+from qc_compiler.calibration.recording import Recording, by_sample
+from qc_compiler.calibration.schedule import (
+    LUCK,
+    ROUNDING,
+    ScheduleSearch,
+    exchanges,
+    moves,
+    relative_error,
+    residual,
+    shortest_path,
+    starts,
+    uneven,
+    whole_steps,
+)
 from qc_compiler.graph import RegionSpec
 from tiny_models import compile_eagerly, eager_backend, guided, sample, tiny_dit
 
@@ -140,6 +152,23 @@ def test_without_a_known_sampler_the_recorded_prediction_is_wanted():
     assert torch.equal(wanted, recording.outputs["1"][3].double())
 
 
+def test_the_error_of_samples_is_the_mean_of_their_psnr():
+    reference, broken = torch.ones(2, 50), torch.ones(2, 50)
+    assert relative_error(reference, reference) == 0.0
+    assert relative_error(reference + torch.tensor([[0.1], [0.001]]), reference) == pytest.approx(0.01, rel=1e-4)
+    assert relative_error(reference + torch.tensor([[0.1], [0.0]]), reference) == pytest.approx((0.1 * ROUNDING) ** 0.5)
+    broken[1, 3] = torch.nan
+    assert relative_error(broken, reference) == np.inf
+
+
+@pytest.mark.parametrize(("error", "is_better"), [(0.99 * LUCK, True), (1.01 * LUCK, False)])
+def test_a_step_is_moved_for_more_than_luck(error, is_better):
+    first, other = (whole_steps((0, 4)),), (whole_steps((0, 5)),)
+    search = object.__new__(ScheduleSearch)
+    search.gain, search.measure = 0.1, lambda schedules, gain: ({first: 1.0, other: error}[schedules], None)
+    assert search._improve(first, lambda best: iter([other]), 3) == (other if is_better else first)
+
+
 def test_a_plan_spends_its_share_and_beats_uniform_reuse(model, plan):
     assert plan.compute[0, :, 0].sum() == STEPS // 2
     assert plan.measured["share"] == 0.5
@@ -167,8 +196,8 @@ def test_streams_are_computed_at_steps_of_their_own(guided_plan):
 
 def test_what_calibration_measured_is_what_the_plan_gives(model, guided_plan):
     compiled, reference = compile_eagerly(model, {"plan": guided_plan}), guided(model)
-    error = (guided(compiled) - reference).norm() / reference.norm()
-    assert float(error) == pytest.approx(guided_plan.measured["error"], rel=1e-3)
+    error = relative_error(by_sample(guided(compiled)), by_sample(reference))
+    assert error == pytest.approx(guided_plan.measured["error"], rel=1e-3)
     streams = qc_compiler.summary(compiled).streams
     assert all((s.computed[:, 0] == row[:, 0]).all() for s, row in zip(streams, guided_plan.compute, strict=True))
 
