@@ -50,7 +50,7 @@ VALUES = {
     "naive stack (HLC, W8A8)": (0.003, 0.01, 0.02),
     "TeaCache": (0.05, 0.15, 0.4),
     "every n-th step": (3, 5, 7),
-    "SRAP": (0.999, 0.995, 0.99),
+    "SRAP": (0.995, 0.99),
 }
 KNOBS = {"every n-th step": "interval", "SRAP": "prune_threshold"}  # of the others it is `threshold`
 DELTA = 0.2  # of the heads alone
