@@ -335,7 +335,8 @@ def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     assert any(name.endswith(" calls") for name in json.loads(path.read_text()))
     again.plans([])
     third.plans([])
-    assert spent[third] < min(spent[again], spent[first]) / 2
+    assert spent[third] < spent[again]
+    assert spent[third] < spent[first] / 2
     assert third.generations == again.generations > spent[first]
     assert third._schedules == again._schedules
     assert third.levers == again.levers
@@ -363,7 +364,8 @@ def test_the_number_of_generations_is_bounded(model, monkeypatch):
     assert plan.measured["generations"] <= planner.generations
     assert len(planner._built) <= joint.ROUNDS
     assert "target speedup=1000 was not reached" in plan.reasons[-1]
-    assert "heads: 1 generations were over" in plan.reasons
+    told = [reason for reason in plan.reasons if reason.startswith("heads: ")]
+    assert re.fullmatch(r"heads: (1 generations were over|half of all attention is \d% of a step)", *told)
     assert list(planner._schedules) == [4]  # the first of `SHARES`
 
 
