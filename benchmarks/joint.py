@@ -111,21 +111,19 @@ def joint_plan(name: str, model: Any, target: str) -> qc_compiler.Plan:
 
 def schedule(name: str, model: Any, share: float) -> qc_compiler.Plan:
     """Returns a schedule alone for a share of the work."""
-    how = {"share": share, "level": "output", "progress": False}
-    return remembered_plan(
-        f"joint_{name}",
-        f"schedule_{share}",
-        lambda: qc_compiler.calibrate(model, SUBJECTS[name].calibration_samples, **how),
-    )
+    return alone(name, model, f"schedule_{share}", share=share, level="output")
 
 
 def heads(name: str, model: Any) -> qc_compiler.Plan:
     """Returns a plan that does nothing but attention, head by head."""
-    how = {"share": None, "attention": DELTA, "progress": False}
+    return alone(name, model, f"heads_{DELTA}", share=None, attention=DELTA)
+
+
+def alone(name: str, model: Any, called: str, **how: Any) -> qc_compiler.Plan:
+    """Returns the plan of one method, calibrated with these arguments."""
+    samples = SUBJECTS[name].calibration_samples
     return remembered_plan(
-        f"joint_{name}",
-        f"heads_{DELTA}",
-        lambda: qc_compiler.calibrate(model, SUBJECTS[name].calibration_samples, **how),
+        f"joint_{name}", called, lambda: qc_compiler.calibrate(model, samples, progress=False, **how)
     )
 
 

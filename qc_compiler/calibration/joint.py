@@ -419,7 +419,7 @@ class JointPlanner:
         if calls < known[0] and len(known) > 1:
             slope = math.log(errors[1] / errors[0]) / math.log(known[1] / known[0])
             return errors[0] * (calls / known[0]) ** min(slope, 0.0)
-        return math.exp(float(np.interp(math.log(calls), np.log(known), np.log(errors))))
+        return _between(calls, known, errors)
 
     # -- the choice
 
@@ -448,8 +448,7 @@ class JointPlanner:
         at, cached = self.levers.cached.get(lever, (1, 0.0))
         if cached <= alone or calls == self.num_calls:
             return alone
-        logs = np.log(np.maximum((cached, alone), 1e-24))
-        return math.exp(float(np.interp(math.log(calls), np.log((at, self.num_calls)), logs)))
+        return _between(calls, (at, self.num_calls), (cached, max(alone, 1e-24)))
 
     def _call_seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a computed call."""
@@ -700,6 +699,11 @@ def _beyond(found: tuple[float, float], expected: tuple[float, float]) -> NDArra
     """Returns the logarithms of how many times as far off and as slow as expected, of errors and speed-ups."""
     error, other = (max(known[0], 1e-6) for known in (found, expected))
     return np.log(np.clip([error / other, expected[1] / found[1]], 0.1, 10.0))
+
+
+def _between(at: float, known: Sequence[float], values: Sequence[float]) -> float:
+    """Returns what lies between known values, straight in the logarithms of both."""
+    return math.exp(float(np.interp(math.log(at), np.log(known), np.log(values))))
 
 
 def _narrowest(recipe: str) -> str:

@@ -43,7 +43,7 @@ def counted_seconds(planner, compiled, share=1.0):
 
 
 def counted_beside_full(planner, compiled, what):
-    samples = planner._samples(what, compiled, 2.0)
+    samples = planner._samples(what, compiled)
     return samples, counted_seconds(planner, compiled) / counted_seconds(planner, planner._full)
 
 
@@ -296,7 +296,7 @@ def test_a_recipe_is_fast_only_where_each_of_its_schemes_has_a_kernel(planned, m
 
 def test_what_takes_too_long_to_measure_is_left_out_with_a_reason(model, monkeypatch):
     monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
-    planner = planner_for(model, max_generations=9.0)
+    planner = planner_for(model, max_generations=6.0)
     (plan,) = planner.plans([Target("memory", 2.0**30)])
     assert "dmpq: measuring its linears takes 5 generations" in plan.reasons
     assert "w4a8" in planner.levers.schemes
@@ -318,8 +318,9 @@ def test_a_lever_that_saves_no_time_here_is_dropped(ratio, kept, planned, monkey
 
 
 def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
-    path = tmp_path / "calibration.json"
+    path, composed = tmp_path / "calibration.json", Plan.without_schedule("", measured={"error": 0.2})
     monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
+    monkeypatch.setattr(JointPlanner, "_composed", lambda self, choice: composed)
     first, again, third = planners = [planner_for(model, resume=path) for _ in range(3)]
     spent, spend = dict.fromkeys(planners, 0.0), JointPlanner._spend
 
@@ -335,8 +336,7 @@ def test_an_interrupted_calibration_goes_on(model, tmp_path, monkeypatch):
     assert any(name.endswith(" calls") for name in json.loads(path.read_text()))
     again.plans([])
     third.plans([])
-    assert spent[third] < spent[again]
-    assert spent[third] < spent[first] / 2
+    assert spent[third] < spent[again] < spent[first] / 2
     assert third.generations == again.generations > spent[first]
     assert third._schedules == again._schedules
     assert third.levers == again.levers
@@ -357,6 +357,7 @@ def test_another_models_file_is_not_believed(tmp_path):
 
 
 def test_the_number_of_generations_is_bounded(model, monkeypatch):
+    monkeypatch.setattr(joint, "WORTH", 0.0)  # whatever a busy device says of its attention
     monkeypatch.setattr(JointPlanner, "_heads_alone", lambda self, delta: (0.1, 0.5))
     planner = planner_for(model, max_generations=1.0)
     with pytest.warns(UserWarning, match=r"target speedup=1000 was not reached: [\d.]+ is the most"):
@@ -364,8 +365,7 @@ def test_the_number_of_generations_is_bounded(model, monkeypatch):
     assert plan.measured["generations"] <= planner.generations
     assert len(planner._built) <= joint.ROUNDS
     assert "target speedup=1000 was not reached" in plan.reasons[-1]
-    told = [reason for reason in plan.reasons if reason.startswith("heads: ")]
-    assert re.fullmatch(r"heads: (1 generations were over|half of all attention is \d% of a step)", *told)
+    assert "heads: 1 generations were over" in plan.reasons
     assert list(planner._schedules) == [4]  # the first of `SHARES`
 
 
