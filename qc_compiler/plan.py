@@ -296,12 +296,18 @@ class Plan:
         never = ~self.compute.any(axis=(0, 1)) & ~self.weights.any(axis=(0, 1, 3))
         return tuple(dict.fromkeys([*self.pruned, *(self.regions[r] for r in np.flatnonzero(never))]))
 
+    @functools.cached_property
+    def _steps(self) -> dict[float, int]:
+        return dict(zip(self.timesteps[::-1], reversed(range(self.num_steps))))  # of equal ones the first
+
     def step_of(self, timestep: float) -> int:
         """Returns the number of the step that is called with this timestep.
 
         Raises:
             PlanError: no step of the plan has it: the plan is for another number of steps or another scheduler.
         """
+        if (exact := self._steps.get(timestep)) is not None:
+            return exact
         known = np.asarray(self.timesteps)
         step = int(np.argmin(np.abs(known - timestep)))
         scale = max(float(np.abs(known).max()), 1e-6)

@@ -1,5 +1,6 @@
 """Weights as the kernels want them: made once for every version of the model's own, never stale."""
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+_VERSION = operator.attrgetter("_version")
 SAMPLES = 64  # elements of each weight that are compared at every call
 
 
@@ -69,7 +71,11 @@ class PreparedGraph:
 
 def version_of(tensors: Sequence[Tensor]) -> int:
     """Returns a number that changes when one of the tensors is replaced or written to."""
-    return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+    try:
+        versions = tuple(map(_VERSION, tensors))
+    except RuntimeError:  # inference tensors have none
+        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    return hash((tuple(map(Tensor.data_ptr, tensors)), versions))
 
 
 def _samples(weights: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:

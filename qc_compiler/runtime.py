@@ -32,7 +32,7 @@ from .heads import Heads
 from .options import Options, changed
 from .plan import Plan
 from .prepared import PreparedWeights, version_of
-from .trajectory import Call, PendingStep, Position, StreamState, Trajectory, locate
+from .trajectory import Call, PendingStep, Position, StreamState, Trajectory, direction_of, locate
 
 _STREAM: ContextVar[str | None] = ContextVar("quantcache_stream", default=None)
 
@@ -180,8 +180,10 @@ class GuardedGraph:
         self.output_region = self.names.index("output") if "output" in self.names else None
         self._speaking = [self._speaks_for(site.block) for site in interface.sites]
         self._prunable = np.array([region.prunable for region in interface.regions])
+        self._least = [0 if region.prunable else 1 for region in interface.regions]  # residuals that reusing needs
         self._groups = np.array([region.group for region in interface.regions])
         self._floors: tuple[Any, NDArray[np.float32]] | None = None  # of the plan's noise, for our regions
+        self._columns: tuple[Plan, list[int]] | None = None  # of our regions in the plan
         self._rule: tuple[Options, PrecisionRule] | None = None  # for precisions, under these options
         self._keeping = [layer for layer in interface.layers if layer.num_kept]
         self._heads: tuple[Any, Heads] | None = None  # of the plan, for our layers
@@ -204,15 +206,15 @@ class GuardedGraph:
         coordinate = float(index) if timestep is None else timestep
         before = self._before(key, position)
         compute, weights, across = self._decide(state, position, coordinate, inputs, before)
-        left_out = ~compute & ~weights.any(axis=1)
-        pruned = left_out if left_out.any() else None
-        precision, correction = None, self._compensation(position, coordinate)
+        precision, heads, pruned = None, None, None
+        correction = self._compensation(position, coordinate)
         if self.output_region is not None and not compute[self.output_region]:
-            compute, pruned = np.zeros_like(compute), None
             predicted = self._extrapolate_output(state, weights, across, before)
-            results = self._corrected(predicted, correction)
-            heads, made = None, _Made([], [], [], 0.0)
+            results = self._corrected(predicted, correction, is_kept=across is not None)
+            made = _Made([], [], [], 0.0)
         else:
+            left_out = ~compute & ~weights.any(axis=1)
+            pruned = left_out if left_out.any() else None
             precision = self._precision(state, position, coordinate)
             heads = self._modes(state, position, coordinate, inputs)
             results, made = self._run(inputs, state, compute, weights, heads, precision, correction)
@@ -295,10 +297,10 @@ class GuardedGraph:
         if decided is None:
             decided = self._by_rule(controller(options), state, position, coordinate)
         compute, weights, across = decided[0].copy(), decided[1], decided[2]
-        least = np.where(self._prunable, 0, 1)
-        lacking = [len(slots) < max(n, _needed(row)) for n, slots, row in zip(least, state.history, weights)]
+        rows = zip(self._least, state.history, weights.tolist())
+        lacking = [len(slots) < max(least, _needed(row)) for least, slots, row in rows]
         if self.output_region is not None and not compute[self.output_region]:
-            lacks_other = across is not None and _missing(across, [before, *state.beside])
+            lacks_other = across is not None and _missing(across.tolist(), [before, *state.beside])
             compute[:] |= lacking[self.output_region] or lacks_other  # it was to be skipped as a whole
         compute = _agree(compute | lacking, options.process_group)
         if self.output_region is not None and not compute[self.output_region]:
@@ -326,9 +328,14 @@ class GuardedGraph:
         self, plan: Plan, position: Position, coordinate: float
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32] | None]:
         at = plan.index_of(position.stream), self._step_of(plan, position, coordinate)
-        columns = plan.columns(self.names)
+        columns = self._columns_of(plan)
         across = None if plan.across is None else plan.across[at]
         return plan.compute[at][columns], plan.weights[at][columns], across
+
+    def _columns_of(self, plan: Plan) -> list[int]:
+        if self._columns is None or self._columns[0] is not plan:
+            self._columns = plan, plan.columns(self.names)
+        return self._columns[1]
 
     def _step_of(self, plan: Plan, position: Position, coordinate: float) -> int:
         step = plan.step_of(coordinate) if self.clock is not None else position.step
@@ -380,7 +387,7 @@ class GuardedGraph:
         plan, following = options.plan, self._step_of(options.plan, position, coordinate) + 1
         if following >= plan.num_steps:
             return np.zeros(len(self.names), dtype=np.bool_)
-        return ~plan.compute[plan.index_of(position.stream), following][plan.columns(self.names)]
+        return ~plan.compute[plan.index_of(position.stream), following][self._columns_of(plan)]
 
     def _floor(self, precision: NDArray[np.int_] | None) -> NDArray[np.float32] | None:
         """Returns float32 (R,): the change that quantization alone makes appear, at the lowest precision in use."""
@@ -438,7 +445,7 @@ class GuardedGraph:
 
     def _drop_bad_slots(self, state: StreamState) -> None:
         """Invariant 8: what NaN or Inf was seen in is not reused; the step is computed and the slots refilled."""
-        if not state.steps:
+        if not state.steps or not state.steps[-1].computed.any():
             return
         step = state.steps[-1].resolve()
         bad = [self.names[r] for r in np.flatnonzero(~np.isfinite(step.statistics).all(axis=1))]
@@ -504,9 +511,9 @@ class GuardedGraph:
         """Returns Σⱼ wⱼ·sⱼ over this stream's last outputs, and over the stream before where a plan mixes them."""
         assert self.output_region is not None
         known = [tensors for _, tensors in state.history[self.output_region]]
-        terms = [(float(w), tensors) for w, tensors in zip(weights[self.output_region], known)]
+        terms = list(zip(weights[self.output_region].tolist(), known))
         if across is not None:
-            terms += [(float(w), tensors) for w, tensors in zip(across, [before, *state.beside]) if w]
+            terms += [(w, tensors) for w, tensors in zip(across.tolist(), [before, *state.beside]) if w]
         results = []
         for k in range(len(known[0])):
             total = terms[0][0] * terms[0][1][k]
@@ -515,9 +522,11 @@ class GuardedGraph:
             results.append(total)
         return results
 
-    def _corrected(self, predicted: list[Tensor], correction: NDArray[np.float32] | None) -> tuple[Tensor, ...]:
-        """Returns copies, which the caller may write to, with the correction of the first."""
-        results = [tensor.clone() for tensor in predicted]
+    def _corrected(
+        self, predicted: list[Tensor], correction: NDArray[np.float32] | None, is_kept: bool
+    ) -> tuple[Tensor, ...]:
+        """Returns them for the caller, who may write to them: copies of what is kept; the first is corrected."""
+        results = [tensor.clone() for tensor in predicted] if is_kept else list(predicted)
         if correction is not None:
             results[0] = compensate(results[0], torch.from_numpy(correction).to(results[0].device))
         return tuple(results)
@@ -539,7 +548,7 @@ class GuardedGraph:
         if position.is_new:
             self.runtime.begin(key, trajectory)
         if position.step > trajectory.step and trajectory.timestep is not None and timestep is not None:
-            trajectory.direction = float(np.sign(timestep - trajectory.timestep))
+            trajectory.direction = direction_of(trajectory.timestep, timestep)
         trajectory.timestep, trajectory.step, trajectory.turn = timestep, position.step, position.turn
         if position.step == 0:
             trajectory.first = timestep
@@ -550,8 +559,8 @@ class GuardedGraph:
             trajectory.streams.append(state)
         floor = self._floor(precision) if compute.any() else None
         state.steps.append(PendingStep(position.step, timestep, compute, made.rows, precision, modes, floor, pruned))
-        for r in np.flatnonzero(compute):
-            if made.slots and made.slots[r]:
+        for r in np.flatnonzero(compute) if made.slots else ():
+            if made.slots[r]:
                 state.history[r].appendleft((coordinate, made.slots[r]))
         for i, (layer, heads) in enumerate(zip(self._keeping, made.kept)):
             if compute[self._holding(layer.block)].all():
@@ -611,15 +620,14 @@ class _Made:
     seconds: float
 
 
-def _needed(weights: NDArray[np.float32]) -> int:
+def _needed(weights: list[float]) -> int:
     """Returns how many earlier residuals a row of weights reads."""
-    used = np.flatnonzero(weights)
-    return int(used[-1]) + 1 if used.size else 0
+    return max((i + 1 for i, w in enumerate(weights) if w), default=0)
 
 
-def _missing(weights: NDArray[np.float32], known: Sequence[list[Tensor]]) -> bool:
+def _missing(weights: list[float], known: Sequence[list[Tensor]]) -> bool:
     """Whether a row of weights reads what is not known."""
-    return any(w != 0 and (i >= len(known) or not known[i]) for i, w in enumerate(weights))
+    return any(i >= len(known) or not known[i] for i, w in enumerate(weights) if w)
 
 
 def _carried(steps: Sequence[Step]) -> list[Step]:

@@ -157,7 +157,7 @@ def locate(now: Trajectory | None, call: Call, num_steps: int | None) -> Positio
     if call.timestep == now.timestep:
         position = Position(now, False, now.step, now.turn + 1)
         return None if position.turn >= MAX_STREAMS or (now.step and _jumped(now, position.turn, call)) else position
-    if now.direction and np.sign(call.timestep - now.timestep) != now.direction:
+    if now.direction and direction_of(now.timestep, call.timestep) != now.direction:
         return None
     if now.step == 0 and (begun := _begun_at(now, call)):
         now = replace(now, streams=now.streams[begun:])
@@ -185,18 +185,24 @@ def _jumped(trajectory: Trajectory, turn: int, call: Call) -> bool:
     before = trajectory.streams[turn].sample
     if before is None or before.shape != call.sample.shape:
         return True
-    change = float(np.abs(call.sample - before).mean()) / (float(np.abs(before).mean()) + 1e-12)
+    change = np.add.reduce(np.abs(call.sample - before)) / (np.add.reduce(np.abs(before)) + 1e-12)
     return not change < JUMP
+
+
+def direction_of(before: float, after: float) -> float:
+    """Returns 1 where time went up, -1 where it went down, 0 where it stood or is no number."""
+    return float(after > before) - float(after < before)
 
 
 def _as_float(timestep: Any) -> float:
     """Returns a step's timestep; of a tensor its largest element (some models clamp single tokens to 0)."""
-    return float(timestep.detach().max()) if isinstance(timestep, Tensor) else float(timestep)
+    return float(timestep.max().item()) if isinstance(timestep, Tensor) else float(timestep)
 
 
 def _elements(tensor: Tensor) -> NDArray[np.float32]:
     flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
+    stride = max(1, flat.numel() // 256)
+    return flat[: 256 * stride : stride].to("cpu", torch.float32, copy=True).numpy()  # samplers may write to it
 
 
 def _fingerprint(tensor: Tensor) -> NDArray[np.float32]:
