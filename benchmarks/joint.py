@@ -215,11 +215,11 @@ def draw(rows: list[tuple[str, ...]], plans: Sequence[qc_compiler.Plan], name: s
         style = {"color": "black", "linewidth": 2.5} if method == "joint" else {"linewidth": 1}
         panel.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method, **style)
     panel.set_xscale("log")
-    panel.set_xticks([1, 2, 3, 5, 7, 10, 15], labels=["1", "2", "3", "5", "7", "10", "15"])
+    panel.set_xticks([1, 2, 3, 5, 7, 10, 15, 20], labels=["1", "2", "3", "5", "7", "10", "15", "20"])
     panel.minorticks_off()
     panel.set_xlabel("speed-up of a whole trajectory against compiled Inductor")
     panel.set_ylabel("PSNR against the full computation, dB")
-    panel.legend()
+    panel.legend(fontsize=7, ncols=2)
     joint = [row for row in rows if row[0].startswith("joint")]
     compared = (
         (errors, "predicted_psnr", "PSNR, dB", "psnr", [float(row[1]) for row in joint]),

@@ -370,9 +370,11 @@ class JointPlanner:
             ratios.append((self._time() - begun) / full_seconds)
 
         handles = compiled.register_forward_pre_hook(before, with_kwargs=True), compiled.register_forward_hook(after)
-        samples = self._samples(what, compiled, share=2.0)
-        for handle in handles:
-            handle.remove()
+        try:
+            samples = self._samples(what, compiled, share=2.0)
+        finally:
+            for handle in handles:
+                handle.remove()
         return samples, statistics.median(ratios)
 
     def _measure_blocks(self) -> None:

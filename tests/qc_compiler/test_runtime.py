@@ -86,6 +86,13 @@ def test_new_noise_begins_a_new_trajectory(model):
     assert driver.computed() == [True, False, True, False]
 
 
+def test_new_noise_in_the_same_tensor_begins_a_new_trajectory(model):
+    driver, x = Driver(**LONG), noise()
+    for seed, timestep in [(0, 1000), (1, 900), (2, 800)]:  # it only goes on
+        result = driver(x.copy_(noise(seed)), timestep)
+        assert_computed(result, model, x, timestep)
+
+
 @pytest.mark.parametrize("calls", [1, 2, 3])
 def test_a_run_given_up_in_its_first_step_leaves_nothing_to_a_run_of_other_noise(calls):
     driver, alone = Driver(**EVERY_SECOND), Driver(**EVERY_SECOND)

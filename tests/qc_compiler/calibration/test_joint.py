@@ -448,6 +448,17 @@ def test_the_calls_of_a_lever_are_timed_beside_those_of_the_full_model(model, pl
     guided(compiled)
     assert len(calls) == 2 * STEPS
 
+    def fails(model):
+        guided(model)
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(planner, "generate", fails)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        beside_full(planner, compiled, "a lever")
+    del calls[:]
+    guided(compiled)
+    assert not calls
+
 
 def test_a_speed_up_is_the_median_of_as_long_as_a_full_lap(planned, monkeypatch):
     planner, laps = planned[0], iter([10.0, 2.0, 5.0, 2.0, 2.0])
