@@ -6,8 +6,9 @@
 
 so that T is least within an error, E is least within a time, or E is least within the bytes of the weights. The parts:
 
-    r_q, r_δ    of a step's time, measured, with nothing else changed; tried where `qc_compiler.cost`, which also gives
-                r_p, says that it saves anything
+    r_q, r_δ    of a step's time, measured with everything computed and on a cached trajectory, where fewer heads can be
+                stale, and interpolated (log–log) between; tried where `qc_compiler.cost`, which also gives r_p, says
+                that it saves anything
     e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log)
                 between, and falling to 0 where all calls are computed
     e_q, e_δ    of the samples, with everything computed and on a cached trajectory, where they may do far more harm;
@@ -76,6 +77,7 @@ DELTAS = (0.05, 0.2)  # of the heads
 WORTH = 0.03  # part of a step's time that a lever must be able to save
 SHARES = (0.08, 0.12, 0.2, 0.33, 0.5)  # where the error of a schedule is searched first
 CACHED = 0.2  # share of the calls of the trajectory on which levers are measured beside the full one
+LAPS = 3  # by which a lever is timed on it
 EFFORT = 4  # generations for the search of a schedule
 ROUNDS = 4  # of building and correcting
 DOUBT = 0.3  # ridge of the factors of the levers: one plan alone is believed to three quarters
@@ -141,7 +143,7 @@ class Levers:
     schemes: dict[str | None, float] = field(default_factory=lambda: {None: 0.0})
     quantizations: dict[str, Quantization] = field(default_factory=dict, compare=False)
     deltas: dict[float | None, float] = field(default_factory=lambda: {None: 0.0})
-    cached: dict[str | float | None, tuple[int, float]] = field(default_factory=dict)  # calls, and what it adds there
+    cached: dict[str | float | None, tuple[int, float, float]] = field(default_factory=dict)  # calls, and both there
     ratios: dict[str | float | None, float] = field(default_factory=lambda: {None: 1.0}, compare=False)
     prunable: list[tuple[str, float]] = field(default_factory=list)  # in the order in which blocks are left out
     fast: set[str] = field(default_factory=set)  # schemes that save time here
@@ -183,7 +185,7 @@ class JointPlanner:
         self._task = self._progress.add_task("recording", total=max_generations, spent="")
         self._schedules: dict[int, tuple[float, Schedules, float]] = {}  # calls → error, schedules, gain
         self._built: dict[Choice, Plan] = {}
-        self._seconds: dict[Choice, float] = {}  # of a computed call, by all but their number
+        self._left: dict[tuple[str, ...], float] = {}  # of a call's time without these blocks
         self._learned: dict[Any, NDArray[np.float64]] = {}  # lever → logarithms of the factors of error and time
         self._caution = np.zeros(2)  # likewise, of all that was not built, while one target is planned
 
@@ -329,17 +331,28 @@ class JointPlanner:
                 self.levers.deltas[delta], self.levers.ratios[delta] = error**2, ratio
 
     def _measure_cached(self) -> None:
-        """Measures what each lever adds to the error of a schedule, refitted to it."""
+        """Measures what each lever adds to the error of a schedule, refitted to it, and the time of its calls there."""
         calls = min(self._schedules, key=lambda calls: abs(calls - CACHED * self.num_calls))
         bare = self._schedule(calls)[0]
+        alone = functools.cache(lambda: self._running(self._composed(Choice(calls))))
         compressed = [Choice(calls, quantize=scheme) for scheme in self.levers.schemes if scheme in self.levers.fast]
         compressed += [Choice(calls, delta=delta) for delta in self.levers.deltas if delta is not None]
         for choice in compressed:
             if self._is_over:
                 break
-            error = self._journal.get(f"cached: {choice}", lambda: self._composed(choice).measured["error"])  # noqa: B023
+            error, ratio = self._journal.get(f"cached: {choice}", lambda: self._on_cached(choice, alone()))  # noqa: B023
             (lever,) = choice.levers
-            self.levers.cached[lever] = calls, error**2 - bare**2
+            self.levers.cached[lever] = calls, error**2 - bare**2, ratio
+
+    def _on_cached(self, choice: Choice, alone: Any) -> tuple[float, float]:
+        """Returns the error of a choice, and the time of its computed calls over that of its schedule alone."""
+        plan, share = self._composed(choice), choice.calls / self.num_calls
+        compiled = self._running(plan)
+        laps = [(self._lap(compiled, share), self._lap(alone, share)) for _ in range(1 + LAPS)]
+        runtime_of(compiled).reset()  # as in `_alone`
+        idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
+        ratios = [max(ours - idle, 1e-9) / max(plain - idle, 1e-9) for ours, plain in laps[1:]]  # the first compiles
+        return plan.measured["error"], statistics.median(ratios)
 
     def _heads_alone(self, delta: float) -> tuple[float, float]:
         plan = self._with_heads(Plan.without_schedule(""), delta)
@@ -447,20 +460,24 @@ class JointPlanner:
 
     def _noise(self, lever: str | float | None, alone: float, calls: int) -> float:
         """Returns the squared error that a lever adds where so many calls are computed, of that where all are."""
-        at, cached = self.levers.cached.get(lever, (1, 0.0))
+        at, cached, _ = self.levers.cached.get(lever, (1, 0.0, 1.0))
         if cached <= alone or calls == self.num_calls:
             return alone
         return _between(calls, (at, self.num_calls), (cached, max(alone, 1e-24)))
 
     def _call_seconds(self, choice: Choice) -> float:
         """Returns the predicted time of a computed call."""
-        compression = replace(choice, calls=0)
-        if compression not in self._seconds:
+        if choice.pruned not in self._left:
             pruned = {name: Variant("pruned") for name in choice.pruned}
-            left = self.estimate.step_seconds(pruned) / self.estimate.step_seconds()
-            ratio = self.levers.ratios[choice.quantize] * self.levers.ratios[choice.delta] * left
-            self._seconds[compression] = ratio * self.full_seconds / self.num_calls
-        return self._seconds[compression]
+            self._left[choice.pruned] = self.estimate.step_seconds(pruned) / self.estimate.step_seconds()
+        ratio = math.prod(self._ratio(lever, choice.calls) for lever in (choice.quantize, choice.delta))
+        return ratio * self._left[choice.pruned] * self.full_seconds / self.num_calls
+
+    def _ratio(self, lever: str | float | None, calls: int) -> float:
+        """Returns how much of a call's time a lever leaves where so many calls are computed."""
+        alone = self.levers.ratios[lever]
+        at, _, cached = self.levers.cached.get(lever, (1, 0.0, alone))
+        return _between(calls, (at, self.num_calls), (cached, alone)) if at < self.num_calls else alone
 
     def _formats(self, choice: Choice) -> str | dict[str, str] | None:
         """Returns the formats of the linears, as `Variant` takes them."""
@@ -551,8 +568,7 @@ class JointPlanner:
 
     def _build(self, choice: Choice) -> Plan:
         plan = self._composed(choice)
-        emulate = self._is_emulated(choice)
-        compiled = compile_static(self.module, self.backend, {"strict": True, "plan": plan, "emulate": emulate})
+        compiled = self._running(plan, emulate=self._is_emulated(choice))
         share = choice.calls / self.num_calls
         error = self._error(self._samples("checking the plan", compiled, share))
         speedup = self._speedup(compiled, share)
@@ -640,6 +656,10 @@ class JointPlanner:
     def _compiled(self, **options: Any) -> Any:
         options = COMPUTE_ALL | {"cache_order": DEPTH - 1} | options
         return compile_static(self.module, self.backend, options)
+
+    def _running(self, plan: Plan, *, emulate: bool = False) -> Any:
+        """Returns the model as its user runs it with a plan."""
+        return compile_static(self.module, self.backend, {"strict": True, "plan": plan, "emulate": emulate})
 
     def _run(self, what: str, compiled: Any, pilot: Any) -> Tensor:
         result = run_steered(compiled, self.generate, pilot)

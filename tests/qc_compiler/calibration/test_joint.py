@@ -401,7 +401,7 @@ def test_the_error_of_a_schedule_falls_with_its_calls(planned, monkeypatch):
 
 def test_a_lever_does_more_harm_on_a_cached_trajectory(planned, monkeypatch):
     planner = planned[0]
-    monkeypatch.setattr(planner.levers, "cached", {0.4: (4, 0.04), "better there": (4, -0.1)})
+    monkeypatch.setattr(planner.levers, "cached", {0.4: (4, 0.04, 1.0), "better there": (4, -0.1, 1.0)})
     found = [planner._noise(0.4, 0.01, calls) for calls in (2, 4, 12, planner.num_calls)]
     assert found[:2] == pytest.approx([0.04, 0.04])
     assert 0.01 < found[2] < 0.04
@@ -417,11 +417,42 @@ def test_levers_are_measured_on_a_cached_trajectory(planned, monkeypatch):
         "levers": levers,
         "_journal": Journal(None),
         "_schedules": {4: (0.3, (), 0.1), 12: (0.1, (), 0.1)},
-        "_composed": lambda choice: Plan.without_schedule("", measured={"error": composed[choice]}),
+        "_composed": lambda choice: composed.get(choice, "alone"),
+        "_running": lambda plan: plan,
+        "_on_cached": lambda choice, alone: (composed[choice], 0.9 if alone == "alone" else 0.1),
     }.items():
         monkeypatch.setattr(planner, name, value)
     planner._measure_cached()
-    assert levers.cached == {"w8a8": (4, pytest.approx(0.16)), 0.4: (4, 0.0)}
+    assert levers.cached == {"w8a8": (4, pytest.approx(0.16), 0.9), 0.4: (4, 0.0, 0.9)}
+
+
+def test_the_time_of_a_lever_on_a_cached_trajectory_is_that_of_its_computed_calls(planned, monkeypatch):
+    planner, calls = planned[0], 4
+    idle = planner.num_calls - calls
+    laps = {"ours": iter([90, idle + 3, idle + 2, idle + 9]), "alone": iter([90, idle + 4, idle + 4, idle + 10])}
+    for name, value in {
+        "estimate": SimpleNamespace(host_seconds=1.0),
+        "_composed": lambda choice: Plan.without_schedule("", measured={"error": 0.5}),
+        "_running": lambda plan: "ours",
+        "_lap": lambda which, share: next(laps[which]),
+    }.items():
+        monkeypatch.setattr(planner, name, value)
+    monkeypatch.setattr(joint, "runtime_of", lambda which: SimpleNamespace(reset=lambda: None))
+    assert planner._on_cached(Choice(calls, "w8a8"), "alone") == (0.5, 0.75)
+
+
+def test_a_lever_saves_less_time_on_a_cached_trajectory(planned, monkeypatch):
+    planner = planned[0]
+    monkeypatch.setattr(planner.levers, "cached", {0.4: (4, 0.04, 0.9)})
+    monkeypatch.setattr(planner.levers, "ratios", {0.4: 0.5, None: 1.0, "w8a8": 0.7})
+    found = [planner._ratio(0.4, calls) for calls in (2, 4, 12, planner.num_calls)]
+    assert found[:2] == pytest.approx([0.9, 0.9])
+    assert 0.5 < found[2] < 0.9
+    assert found[3] == pytest.approx(0.5)
+    assert planner._ratio("w8a8", 4) == 0.7
+    assert planner._ratio(None, 4) == 1.0
+    times = [planner._call_seconds(Choice(calls, delta=0.4)) for calls in (4, planner.num_calls)]
+    assert times[0] / times[1] == pytest.approx(0.9 / 0.5)
 
 
 def test_a_scheme_that_is_worse_in_all_is_no_lever(planned, monkeypatch):
