@@ -215,7 +215,8 @@ def draw(rows: list[tuple[str, ...]], plans: Sequence[qc_compiler.Plan], name: s
         style = {"color": "black", "linewidth": 2.5} if method == "joint" else {"linewidth": 1}
         panel.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method, **style)
     panel.set_xscale("log")
-    panel.set_xticks([1, 2, 3, 5, 7, 10, 15, 20], labels=["1", "2", "3", "5", "7", "10", "15", "20"])
+    ticks = [1, 2, 3, 5, 7, 10, 15, 20]
+    panel.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     panel.set_xlabel("speed-up of a whole trajectory against compiled Inductor")
     panel.set_ylabel("PSNR against the full computation, dB")
