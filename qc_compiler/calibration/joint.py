@@ -197,7 +197,8 @@ class JointPlanner:
                 for target in targets:
                     if target.kind == "memory":
                         self._choose(target)  # raises what cannot be, before anything is built
-                return [self._plan(target) for target in targets]
+                plans = [self._plan(target) for target in targets]
+                return [self._best(target) or plan for target, plan in zip(targets, plans)]  # some built for later ones
         finally:
             forget_graphs(self.module)
 

@@ -426,6 +426,18 @@ def test_levers_are_measured_on_a_cached_trajectory(planned, monkeypatch):
     assert levers.cached == {"w8a8": (4, pytest.approx(0.16), 0.9), 0.4: (4, 0.0, 0.9)}
 
 
+def test_a_plan_built_for_a_later_target_serves_an_earlier_one(planned, monkeypatch):
+    planner = planned[0]
+    slow, fast = (
+        Plan.without_schedule("", measured={"psnr": 40.0, "speedup": times, "error": 0.1}) for times in (2.0, 4.0)
+    )
+    built = {Target("psnr", 35.0): {Choice(6): slow}, Target("speedup", 3.0): {Choice(4): fast}}
+    monkeypatch.setattr(planner, "_measure", lambda kinds: None)
+    monkeypatch.setattr(planner, "_built", {})
+    monkeypatch.setattr(planner, "_plan", lambda target: planner._built.update(built[target]))
+    assert planner.plans(list(built)) == [fast, fast]
+
+
 def test_the_time_of_a_lever_on_a_cached_trajectory_is_that_of_its_computed_calls(planned, monkeypatch):
     planner, calls = planned[0], 4
     idle = planner.num_calls - calls
