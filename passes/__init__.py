@@ -11,6 +11,7 @@ from .branch_choices import BranchChoices
 from .compensate_output import CompensateOutput
 from .fuse_epilogues import FuseEpilogues
 from .guard_regions import GuardRegions
+from .lower_floats import LowerFloats
 from .lower_linears import LowerLinears
 from .normalize import Normalize
 from .prepare_weights import PrepareWeights
@@ -26,6 +27,7 @@ __all__ = [
     "CompensateOutput",
     "FuseEpilogues",
     "GuardRegions",
+    "LowerFloats",
     "LowerLinears",
     "Normalize",
     "PrepareWeights",
@@ -57,8 +59,10 @@ def default_pipeline(options: Options, num_frames: int = 1) -> tuple[GraphPass, 
         *((_allocation(options),) if options.recipe and options.recipe.allocated else ()),
         # The semantics first, then this device's kernels for them; both while a body is still one plain graph.
         *((_quantizers(options),) if options.recipe else ()),
-        # A packed model brings its quantizers along, so these two always run.
+        # A packed model brings its quantizers along, so these three always run.
         LowerLinears(options.emulate),
+        # Behind them: only beside kernels of low precision is that of the rest lowered.
+        LowerFloats(),
         PrepareWeights(),
         # What a region contains must not change any more when its branches are built.
         *((_guards(options, num_frames),) if options.caches else ()),

@@ -4,17 +4,11 @@
     after:   y = kernel(codes_x, …, prepared_w, …, b)      its epilogue written out, for Inductor to fuse
              codes_x, … = kernel(x)                        for quantize(x·H), where this device does both at once
              prepared_w = prepare(dequantize(codes_w, …))   in the main graph
-             x·sigmoid(2u)                                  on the CPU, for a GELU ½x·(1 + tanh u) beside them
 
 Error: that of the kernel (its module states it). Where there is none, the result is the reference's own: a weight that
 the main graph quantizes is dequantized there, too, once for all steps; one that is kept packed is decoded at each use.
-The two forms of GELU differ by float32 rounding. Where no linear is lowered it stays, and so stays bit-identical.
-
-Measured (1 thread, AVX-512, 512 × 512, with the quantizer behind it): GELU by tanh 588 µs, by sigmoid 263 µs. On the
-trained image DiT that is an eighth of a step in W8A8.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +81,6 @@ class LowerLinears(GraphPass):
             decoded: dict[tuple[int, ...], fx.Node] = {}
             for match in find_quantized_linears(body):
                 if kernel := self._kernel(match):
-                    changed += _write_gelus(body) if kernel.device == "cpu" else 0
                     key = (match.at, kernel.name)
                     if key not in prepared:
                         prepared[key] = _prepared(gm, name, match, kernel)
@@ -142,25 +135,6 @@ def _lower(body: fx.GraphModule, match: QuantizedLinear, kernel: LinearKernel, w
     result.meta["nn_module_stack"] = match.node.meta.get("nn_module_stack")
     match.node.replace_all_uses_with(result)
     body.graph.erase_node(match.node)
-
-
-def _write_gelus(body: fx.GraphModule) -> int:
-    """Replaces the tanh of GELUs: on the CPU it takes four times as long as a sigmoid's exp."""
-    changed = 0
-    for node in body.graph.find_nodes(op="call_function", target=aten.gelu.default):
-        x, value = node.args[0], node.meta["val"]
-        if "tanh" in node.kwargs.values():
-            (result,) = inline(body.graph, body, trace(gelu_by_sigmoid, value), [x], before=node)
-            node.replace_all_uses_with(result)
-            body.graph.erase_node(node)
-            changed += 1
-    return changed
-
-
-def gelu_by_sigmoid(x: Tensor) -> tuple[Tensor]:
-    """Returns ½x·(1 + tanh u) = x·sigmoid(2u), u = √(2/π)·(x + 0.044715·x³)."""
-    y = x.float()
-    return ((y * (2 * math.sqrt(2 / math.pi) * (y + 0.044715 * y * y * y)).sigmoid()).to(x.dtype),)
 
 
 def _decode_outside(gm: fx.GraphModule, name: str, match: QuantizedLinear) -> fx.Node:

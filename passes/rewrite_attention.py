@@ -37,11 +37,10 @@ from qc_compiler.graph import (
     args_of,
     body_calls,
     body_of,
-    contiguous_copy,
     fake_mode_of,
     getitems,
     inline,
-    is_plain,
+    keep_layouts,
     module_path,
     outputs,
     placeholders,
@@ -49,6 +48,7 @@ from qc_compiler.graph import (
     trace,
     update_values,
     values_of,
+    why_not_plain,
 )
 from qc_compiler.linears import name_in
 from qc_compiler.options import Options
@@ -181,16 +181,7 @@ class RewriteAttention(GraphPass):
         node.replace_all_uses_with(result)
         graph.erase_node(node)
         update_values(graph, [result])
-        _keep_layouts(graph)
-
-
-def _keep_layouts(graph: fx.Graph) -> None:
-    """Copies results that have the layout of our attention: a body's callers know the plain one."""
-    end, results = graph.output_node(), outputs(graph)
-    for result in results:
-        if not is_plain(result.meta["val"]):
-            with graph.inserting_before(end):
-                end.replace_input_with(result, contiguous_copy(graph, result))
+        keep_layouts(graph)
 
 
 def _choices(
@@ -207,18 +198,9 @@ def _choices(
 
 
 def _why_not(node: fx.Node) -> str | None:
-    (q, k, v), given = values_of(args_of(node)[:3]), args_of(node)[3:]
-    mask, dropout, causal = (given + (None, 0.0, False)[len(given) :])[:3]
-    if mask is not None:
-        return "it has a mask"
-    if causal:
-        return "it is causal"
-    if dropout:
-        return "it drops out"
-    if q.dim() != 4:
-        return f"its queries have {q.dim()} axes, not (batch, heads, tokens, width)"
-    if node.kwargs.get("enable_gqa") or k.shape[1] != q.shape[1]:
-        return "its heads share keys (grouped-query attention)"
+    if reason := why_not_plain(node):
+        return reason
+    q, k, v = values_of(args_of(node)[:3])
     if not isinstance(q.shape[2], int) or not isinstance(k.shape[2], int):
         return "its number of tokens is symbolic: compile with dynamic=False"
     if k.shape != q.shape:

@@ -37,13 +37,15 @@ class Kernel:
     """One kernel; its numbers are expressions in symbolic sizes.
 
     Attributes:
-        kind: `linear`, `convolution`, `attention` or `pointwise`; a quantized linear has the name of its scheme.
+        kind: `linear`, `convolution`, `attention`, `bf16 attention` or `pointwise`; a quantized linear has the name of
+            its scheme.
         dtype: Of its result.
         flops: Floating point operations.
         bytes_moved: What it reads and writes.
         shape: Rows, inner and outer size of a product; queries, keys and head width of attention; else empty.
         num_special: Elements that a transcendental function is taken of.
         linear: Module path, of a linear that quantization takes; else empty.
+        beside: Scheme of the linears beside attention of another kind; else empty.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Kernel:
     shape: tuple[Expr, ...] = ()
     num_special: Expr = sympy.S.Zero
     linear: str = ""
+    beside: str = ""
 
 
 def flops_of(gm: fx.GraphModule) -> float:

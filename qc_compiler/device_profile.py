@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveFloat, TypeAdapter, ValidationError, model_validator
 from scipy.interpolate import interpn
+from torch import Tensor
 
 from .formats import parse_format
 from .formats.schemes import SCHEMES
 from .kernels import find_kernel
+from .kernels.bf16_attention import bf16_attention, has_bf16_attention
 from .kernels.timing import cache_path, device_name, write_measured
 
 REPEATS, MIN_SECONDS = 5, 1e-3
@@ -82,12 +84,16 @@ class DeviceProfile:
         """Whether the device has a kernel for linears in this quantization scheme."""
         return find_kernel(SCHEMES[scheme], self.device) is not None
 
+    def lowers_attention(self, scheme: str, dtype: torch.dtype) -> bool:
+        """Whether attention of this dtype has products of bfloat16 beside linears in this scheme."""
+        return dtype == torch.float32 and self.multiplies(scheme) and has_bf16_attention(self.device)
+
     def rates(self, kind: str, dtype: torch.dtype = torch.float32) -> Rates:
         """Returns the rates of one kind of kernel.
 
         Args:
-            kind: `linear`, `convolution`, `attention`, `memory` (bytes a second), `special` (elements a second), or the
-                name of a quantization scheme.
+            kind: `linear`, `convolution`, `attention`, `bf16 attention`, `memory` (bytes a second), `special` (elements
+                a second), or the name of a quantization scheme.
             dtype: Of the kernel's result.
         """
         name = str(dtype).removeprefix("torch.")
@@ -111,10 +117,12 @@ def _read(path: Path) -> dict[str, Rates]:
 _Run = tuple[float, Callable[[], Any]]  # the work of one call, and the call
 
 _WIDTHS = (32, 128, 512, 2048)
+_ATTENTION = (8, 64, 256, 1024), (4, 8, 64, 256, 1024), (32, 64, 128)
 _AXES: dict[str, tuple[tuple[float, ...], ...]] = {
     "linear": ((1, 16, 128, 1024), _WIDTHS, _WIDTHS),
     "convolution": ((64, 1024, 4096), (4, 64), (128, 512)),
-    "attention": ((8, 64, 256, 1024), (4, 8, 64, 256, 1024), (32, 64, 128)),
+    "attention": _ATTENTION,
+    "bf16 attention": _ATTENTION,
     "memory": (tuple(4.0**i for i in range(5, 15)),),
     "special": ((2.0**10, 2.0**16, 2.0**20),),
 }
@@ -125,7 +133,8 @@ def _measure(kind: str, dtype: torch.dtype, device: torch.device) -> Rates:
     runs: dict[str, Callable[..., _Run]] = {
         "linear": _linear,
         "convolution": _convolution,
-        "attention": _attention,
+        "attention": functools.partial(_attention, F.scaled_dot_product_attention),
+        "bf16 attention": functools.partial(_attention, functools.partial(bf16_attention, scale=1.0)),
         "memory": _copy,
         "special": _gelu,
     }
@@ -186,7 +195,9 @@ def _convolution(dtype: torch.dtype, device: torch.device, rows: int, inner: int
     return 2 * (side // 2) ** 2 * inner * outer, lambda: F.conv2d(x, w, stride=2)
 
 
-def _attention(dtype: torch.dtype, device: torch.device, queries: int, keys: int, width: int) -> _Run:
+def _attention(
+    attend: Callable[..., Tensor], dtype: torch.dtype, device: torch.device, queries: int, keys: int, width: int
+) -> _Run:
     """As many heads as make the call long enough for its overhead not to count, in the layout of a fused projection."""
     num_heads = 4
     batch = max(1, min(256, 2**24 // (queries * keys * width * num_heads)))
@@ -194,7 +205,7 @@ def _attention(dtype: torch.dtype, device: torch.device, queries: int, keys: int
         torch.randn(batch, n, num_heads, width, dtype=dtype, device=device).transpose(1, 2)
         for n in (queries, keys, keys)
     )
-    return 4 * batch * num_heads * queries * keys * width, lambda: F.scaled_dot_product_attention(q, k, v)
+    return 4 * batch * num_heads * queries * keys * width, lambda: attend(q, k, v)
 
 
 def _copy(dtype: torch.dtype, device: torch.device, num_bytes: int) -> _Run:

@@ -211,6 +211,8 @@ def _kernel_seconds(kernel: Kernel, profile: DeviceProfile, values: _Values) -> 
         )
     if kernel.kind in SCHEMES and not profile.multiplies(kernel.kind):
         return math.inf
+    if kernel.kind == "bf16 attention" and not profile.lowers_attention(kernel.beside, kernel.dtype):
+        return math.inf
     rates = _rates(profile, kernel.kind, kernel.dtype)
     return max(_value(kernel.flops, values) / rates.at([_value(size, values) for size in kernel.shape]), moving)
 

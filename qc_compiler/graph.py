@@ -541,6 +541,32 @@ def contiguous_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return copy
 
 
+def keep_layouts(graph: fx.Graph) -> None:
+    """Copies results that have the layout of an attention of ours: a body's callers know the plain one."""
+    end, results = graph.output_node(), outputs(graph)
+    for result in results:
+        if not is_plain(result.meta["val"]):
+            with graph.inserting_before(end):
+                end.replace_input_with(result, contiguous_copy(graph, result))
+
+
+def why_not_plain(attention: fx.Node) -> str | None:
+    """Returns why a `scaled_dot_product_attention` is more than softmax(s·Q·Kᵀ)·V for each head; None if it is not."""
+    (q, k, _), given = values_of(args_of(attention)[:3]), args_of(attention)[3:]
+    mask, dropout, causal = (given + (None, 0.0, False)[len(given) :])[:3]
+    if mask is not None:
+        return "it has a mask"
+    if causal:
+        return "it is causal"
+    if dropout:
+        return "it drops out"
+    if q.dim() != 4:
+        return f"its queries have {q.dim()} axes, not (batch, heads, tokens, width)"
+    if attention.kwargs.get("enable_gqa") or k.shape[1] != q.shape[1]:
+        return "its heads share keys (grouped-query attention)"
+    return None
+
+
 def is_plain(val: torch.Tensor) -> bool:
     """Whether a tensor's strides are those of a new tensor, for axes of size 1 too.
 

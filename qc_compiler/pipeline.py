@@ -77,6 +77,6 @@ def source_key() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).parent
     for folder in (root, root.parent / "passes"):
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.cpp")]):
             digest.update(path.read_bytes())
     return digest.hexdigest()

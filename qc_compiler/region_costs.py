@@ -2,7 +2,8 @@
 
 computed    its kernels; guarded with depth d also x, y and s₀ read and Δ written, and d·|Δ| of slots
 quantized   a linear (rows, inner, outer) becomes three kernels: the quantizer reads x twice and writes codes, the
-            product reads codes and packed weights, the epilogue reads its float32 result and writes y
+            product reads codes and packed weights, the epilogue reads its float32 result and writes y; attention
+            beside it may have products of bfloat16
 attended    the attention's FLOPs times the share of the query–key pairs
 reused      y = x + Σⱼ wⱼ·sⱼ: x and the d slots read, y written
 pruned      nothing
@@ -124,7 +125,8 @@ class Region:
             return []
         if variant.state == "reused":
             return [((_pointwise(self.base_bytes + variant.depth * s + y),),)]
-        ways = [_ways(kernel, variant) for kernel in self.kernels]
+        beside = next(filter(None, map(variant.scheme_of, self.kernels)), "")
+        ways = [_ways(kernel, variant, beside) for kernel in self.kernels]
         return [*ways, ((_pointwise(self.base_bytes + y + 2 * s),),)] if variant.depth else ways
 
     def _residual_bytes(self, cache_dtype: str) -> Expr:
@@ -166,9 +168,11 @@ def _measured_bytes(form: str, num_rows: int, width: int, packed: bool) -> int:
     return sum(part.nbytes for part in (fmt.pack(codes) if packed else codes, *scales))
 
 
-def _ways(kernel: Kernel, variant: Variant) -> tuple[tuple[Kernel, ...], ...]:
+def _ways(kernel: Kernel, variant: Variant, beside: str) -> tuple[tuple[Kernel, ...], ...]:
     if kernel.kind == "attention" and variant.attended != 1:
         return ((replace(kernel, flops=kernel.flops * variant.attended),),)
+    if kernel.kind == "attention" and beside:
+        return (kernel,), (replace(kernel, kind="bf16 attention", beside=beside),)
     name = variant.scheme_of(kernel)
     if name is None:
         return ((kernel,),)

@@ -30,6 +30,7 @@ Source: ours. The interactions are those of Q&C (arXiv 2503.02508) and 6Bit-Diff
 is cached counts as often as it is reused, which the factors measure.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -348,9 +349,8 @@ class JointPlanner:
     def _on_cached(self, choice: Choice, alone: Any) -> tuple[float, float]:
         """Returns the error of a choice, and the time of its computed calls over that of its schedule alone."""
         plan, share = self._composed(choice), choice.calls / self.num_calls
-        compiled = self._running(plan)
-        laps = [(self._lap(compiled, share), self._lap(alone, share)) for _ in range(1 + LAPS)]
-        runtime_of(compiled).reset()  # as in `_alone`
+        with _freed(self._running(plan)) as compiled:
+            laps = [(self._lap(compiled, share), self._lap(alone, share)) for _ in range(1 + LAPS)]
         idle = (self.num_calls - choice.calls) * self.estimate.host_seconds
         ratios = [max(ours - idle, 1e-9) / max(plain - idle, 1e-9) for ours, plain in laps[1:]]  # the first compiles
         return plan.measured["error"], statistics.median(ratios)
@@ -361,8 +361,8 @@ class JointPlanner:
 
     def _alone(self, compiled: Any, what: str) -> tuple[float, float]:
         """Returns the error of a lever with everything computed, and the time of its calls over the full model's."""
-        samples, ratio = self._beside_full(compiled, f"{what} alone")
-        runtime_of(compiled).reset()  # Dynamo keeps its graph, which would keep a copy of all weights
+        with _freed(compiled):
+            samples, ratio = self._beside_full(compiled, f"{what} alone")
         return self._error(samples), ratio
 
     def _beside_full(self, compiled: Any, what: str) -> tuple[Tensor, float]:
@@ -568,12 +568,10 @@ class JointPlanner:
         return self._scheduled(choice, plan)
 
     def _build(self, choice: Choice) -> Plan:
-        plan = self._composed(choice)
-        compiled = self._running(plan, emulate=self._is_emulated(choice))
-        share = choice.calls / self.num_calls
-        error = self._error(self._samples("checking the plan", compiled, share))
-        speedup = self._speedup(compiled, share)
-        runtime_of(compiled).reset()  # as in `_alone`
+        plan, share = self._composed(choice), choice.calls / self.num_calls
+        with _freed(self._running(plan, emulate=self._is_emulated(choice))) as compiled:
+            error = self._error(self._samples("checking the plan", compiled, share))
+            speedup = self._speedup(compiled, share)
         measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": speedup}
         predicted = self._predict(choice)
         measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}
@@ -586,11 +584,10 @@ class JointPlanner:
             return self._everything.compressed_like(plan)
         bare = Plan.without_schedule("", plan.timesteps, plan.streams).compressed_like(plan)
         _, schedules, gain = self._schedule(choice.calls)
-        search = self._search(self._compiled(plan=bare, emulate=self._is_emulated(choice)), choice.calls)
-        search.gain = gain
-        fitted = search.plan(schedules).compressed_like(plan)
-        runtime_of(search.compiled).reset()  # as in `_alone`
-        return fitted
+        with _freed(self._compiled(plan=bare, emulate=self._is_emulated(choice))) as compiled:
+            search = self._search(compiled, choice.calls)
+            search.gain = gain
+            return search.plan(schedules).compressed_like(plan)
 
     @property
     def _everything(self) -> Plan:
@@ -716,6 +713,15 @@ class JointPlanner:
         if mean_square == 0:
             return math.inf
         return 10 * math.log10(spread**2 / mean_square) if math.isfinite(mean_square) else -math.inf
+
+
+@contextlib.contextmanager
+def _freed(compiled: Any) -> Iterator[Any]:
+    """Frees in the end what a compiled model prepared: Dynamo keeps its graph, and that a copy of all weights."""
+    try:
+        yield compiled
+    finally:
+        runtime_of(compiled).reset()
 
 
 def _beyond(found: tuple[float, float], expected: tuple[float, float]) -> NDArray[np.float64]:

@@ -15,16 +15,22 @@ REUSED = Variant("reused", depth=1)
 
 @dataclass(frozen=True)
 class FakeProfile:
-    """0.1 TB/s, special functions for free; FLOPs a second of linears quantized and plain."""
+    """0.1 TB/s, special functions for free; FLOPs a second of linears quantized and plain, and of attention beside them."""
 
     quantized: float = 1e13
     plain: float = 1e12
+    bf16: float = 1e12
 
     def multiplies(self, scheme):
         return scheme == "w8a8"
 
+    def lowers_attention(self, scheme, dtype):
+        return scheme == "w8a8" and dtype == torch.float32
+
     def rates(self, kind, dtype=torch.float32):
-        rate = {"memory": 1e11, "special": 1e30, "w8a8": self.quantized}.get(kind, self.plain)
+        rate = {"memory": 1e11, "special": 1e30, "w8a8": self.quantized, "bf16 attention": self.bf16}.get(
+            kind, self.plain
+        )
         num_axes = 1 if kind in ("memory", "special") else 3
         return Rates(axes=((1.0, 2.0),) * num_axes, values=(rate,) * 2**num_axes)
 
@@ -109,6 +115,16 @@ def test_a_linear_is_quantized_where_that_is_faster(estimate):
 
 def test_a_linear_without_a_kernel_stays(estimate):
     assert estimate.seconds("blocks.0", Variant(quantize="fp8")) == estimate.seconds("blocks.0")
+
+
+@pytest.mark.parametrize(("scheme", "is_faster"), [("w8a8", True), (None, False), ("fp8", False)])
+def test_attention_is_faster_beside_int8_linears(estimate, scheme, is_faster):
+    wide, variant = {"x.size(1)": 4096}, Variant(quantize=scheme)
+    faster = replace(estimate, profile=FakeProfile(bf16=1e30))
+    before, after = (e.seconds("blocks.0", variant, wide) for e in (estimate, faster))
+    assert (after < before) == is_faster
+    windowed = replace(variant, attended=0.5)  # another kernel
+    assert faster.seconds("blocks.0", windowed, wide) == estimate.seconds("blocks.0", windowed, wide)
 
 
 def test_an_anchored_estimate_hits_its_anchors(estimate):
