@@ -19,12 +19,13 @@ def test_explain_shows_passes_regions_and_inputs(inputs):
         "normalize",
         "share-bodies",
         "lower-linears",
+        "lower-floats",
         "prepare-weights",
         "guard-regions",
         "branch-choices",
         "fuse-epilogues",
     ]
-    assert [number for name, number in changed.items() if name != "normalize"] == [3, 0, 0, 6, 0, 0]
+    assert [number for name, number in changed.items() if name != "normalize"] == [3, 0, 0, 0, 6, 0, 0]
     assert graph.regions[1] == ("blocks.1  group body_0, 1 stream", "attention, 4 heads", "mlp")
     assert "timestep" in graph.timestep
     assert graph.plain is None
