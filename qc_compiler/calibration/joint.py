@@ -21,7 +21,8 @@ What is chosen is built: schedule, heads on the cached trajectory, linears on th
 steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run; what came
 out counts for this choice from now on. How many times E and T it is, is fitted by a factor for each lever to all that
 was built: heads save less on a cached trajectory, where fewer of them can be stale. Then it is chosen again, with as
-much caution as the last prediction was wrong, until the choice has been built already.
+much caution as the last prediction was wrong, until the choice has been built already. Of several targets all but the
+last are planned once more in the end, knowing what was built for the others.
 
 A call is computed whole or not at all: giving one up for two of half of the blocks, as `find_schedule` tries, lowered
 the error of no schedule of the image DiT that computes a tenth, a seventh or a fifth.
@@ -198,8 +199,9 @@ class JointPlanner:
                 for target in targets:
                     if target.kind == "memory":
                         self._choose(target)  # raises what cannot be, before anything is built
-                plans = [self._plan(target) for target in targets]
-                return [self._best(target) or plan for target, plan in zip(targets, plans)]  # some built for later ones
+                for target in [*targets, *targets[:-1]]:
+                    self._build_for(target)
+                return [self._best(target) or self._nearest(target) for target in targets]
         finally:
             forget_graphs(self.module)
 
@@ -523,7 +525,8 @@ class JointPlanner:
 
     # -- what is built
 
-    def _plan(self, target: Target) -> Plan:
+    def _build_for(self, target: Target) -> None:
+        """Builds what is best for a target, corrects the predictions by it, and chooses again until that was built."""
         self._caution = np.zeros(2)
         for _ in range(ROUNDS):
             choice = self._settled(target)
@@ -533,13 +536,6 @@ class JointPlanner:
             self._built[choice] = self._journal.plan(f"plan: {choice}", lambda: self._build(choice))  # noqa: B023
             self._caution = np.maximum(self._caution, _beyond(self._predict(choice), promised))
             self._learn()
-        best = self._best(target)
-        if best is None:  # nothing meets it: the nearest
-            best = max(self._built.values(), key=lambda plan: plan.measured[target.kind])
-            missed = f"target {target} was not reached: {best.measured[target.kind]:.4g} is the most of what was built"
-            warnings.warn(f"quantcache: {missed}", stacklevel=2)
-            best = replace(best, reasons=(*best.reasons, missed))
-        return best
 
     def _settled(self, target: Target) -> Choice:
         """Returns the choice once it rests on a schedule that was searched for, not on errors between others'."""
@@ -559,6 +555,13 @@ class JointPlanner:
         good = [plan for plan in self._built.values() if plan.measured[target.kind] >= target.value]
         wanted = "speedup" if target.kind == "psnr" else "psnr"
         return max(good, key=lambda plan: plan.measured[wanted], default=None)
+
+    def _nearest(self, target: Target) -> Plan:
+        """Returns the plan that comes nearest to a target that none meets."""
+        best = max(self._built.values(), key=lambda plan: plan.measured[target.kind])
+        missed = f"target {target} was not reached: {best.measured[target.kind]:.4g} is the most of what was built"
+        warnings.warn(f"quantcache: {missed}", stacklevel=2)
+        return replace(best, reasons=(*best.reasons, missed))
 
     def _composed(self, choice: Choice) -> Plan:
         plan = Plan.without_schedule(self.fingerprint, pruned=choice.pruned)

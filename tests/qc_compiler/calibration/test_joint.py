@@ -434,8 +434,19 @@ def test_a_plan_built_for_a_later_target_serves_an_earlier_one(planned, monkeypa
     built = {Target("psnr", 35.0): {Choice(6): slow}, Target("speedup", 3.0): {Choice(4): fast}}
     monkeypatch.setattr(planner, "_measure", lambda kinds: None)
     monkeypatch.setattr(planner, "_built", {})
-    monkeypatch.setattr(planner, "_plan", lambda target: planner._built.update(built[target]))
+    monkeypatch.setattr(planner, "_build_for", lambda target: planner._built.update(built[target]))
     assert planner.plans(list(built)) == [fast, fast]
+
+
+def test_what_later_targets_teach_changes_what_is_built_for_earlier_ones(planned, monkeypatch):
+    planner, asked = planned[0], []
+    targets = [Target("psnr", 30.0), Target("psnr", 35.0), Target("speedup", 3.0)]
+    plan = Plan.without_schedule("", measured={"psnr": 40.0, "speedup": 4.0, "error": 0.1})
+    monkeypatch.setattr(planner, "_measure", lambda kinds: None)
+    monkeypatch.setattr(planner, "_built", {Choice(6): plan})
+    monkeypatch.setattr(planner, "_build_for", asked.append)
+    assert planner.plans(targets) == [plan] * 3
+    assert asked == [*targets, *targets[:2]]
 
 
 def test_the_time_of_a_lever_on_a_cached_trajectory_is_that_of_its_computed_calls(planned, monkeypatch):
