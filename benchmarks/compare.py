@@ -280,7 +280,7 @@ def draw(rows: list[tuple[str, ...]], name: str) -> None:
         panel.plot(*zip(*sorted(points)), marker=marker, markersize=5, label=method, **style)
     panel.axhline(35, color="gray", linewidth=1, linestyle=":")
     panel.set_xscale("log")
-    ticks = [0.5, 1, 2, 3, 5, 7, 10, 15]
+    ticks = [0.5, 1, 2, 3, 5, 7, 10, 15, 20]
     panel.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     panel.set_xlabel("speed-up of a trajectory against compiled Inductor")

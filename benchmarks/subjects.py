@@ -79,7 +79,7 @@ class Subject:
 
 SUBJECTS = {
     "video": Subject("video DiT", load_model, (1, 8, 16, 16), batch=8, samples=24),
-    "image": Subject("image DiT", load_dit, (1, 16, 16), batch=8, samples=200),
+    "image": Subject("image DiT", load_dit, (1, 16, 16), batch=8, samples=120),
     "text": Subject("MMDiT", load_mmdit, (1, 64, 64), batch=2, samples=8, guidance=2.5, shift=4.0),
 }
 
