@@ -30,6 +30,7 @@ from qc_compiler.graph import (
     inline,
     keep_layouts,
     module_path,
+    scale_of,
     trace,
     update_values,
     values_of,
@@ -65,10 +66,9 @@ class LowerFloats(GraphPass):
 
 
 def _lower(node: fx.Node) -> None:
-    graph, qkv, scale = node.graph, args_of(node)[:3], node.kwargs.get("scale")
-    scale = 1 / math.sqrt(qkv[0].meta["val"].shape[-1]) if scale is None else scale
+    graph = node.graph
     with graph.inserting_before(node):
-        result = add_call(graph, kernel.bf16_attention, (*qkv, scale))
+        result = add_call(graph, kernel.bf16_attention, (*args_of(node)[:3], scale_of(node)))
     result.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
     _replace(node, result)
     update_values(graph, [result])

@@ -15,7 +15,6 @@ With all heads full the result is the same to the bit, in raster order; in the o
 order. Source: DiTFastAttnV2, arXiv 2503.22796.
 """
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +43,7 @@ from qc_compiler.graph import (
     module_path,
     outputs,
     placeholders,
+    scale_of,
     separate_bodies,
     trace,
     update_values,
@@ -159,16 +159,13 @@ class RewriteAttention(GraphPass):
         modes, *steering = operands
         node, graph, owner = site.node, site.node.graph, site.node.graph.owning_module
         assert owner is not None
-        query = args_of(node)[0]
-        scale = node.kwargs.get("scale")
-        scale = 1 / math.sqrt(query.meta["val"].shape[-1]) if scale is None else scale
         qkv = list(args_of(node)[:3])
         if self.plan.order == "time":
             there = trace(lambda *xs: tuple(_by_place(x, site.num_text, self.num_frames) for x in xs), *values_of(qkv))
             qkv = inline(graph, owner, there, qkv, before=node)
         with graph.inserting_before(node):
             kept = steering[1] if count else None
-            result = add_call(graph, ops.headwise_attention, (*qkv, modes, kept, site.num_text, scale))
+            result = add_call(graph, ops.headwise_attention, (*qkv, modes, kept, site.num_text, scale_of(node)))
             result.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
             if count:
                 stored = add_call(graph, ops.store_heads, (result, modes, count))

@@ -6,6 +6,7 @@ the one record of what was added to the graph's inputs and outputs.
 """
 
 import itertools
+import math
 import operator
 import re
 from abc import ABC, abstractmethod
@@ -548,6 +549,12 @@ def keep_layouts(graph: fx.Graph) -> None:
         if not is_plain(result.meta["val"]):
             with graph.inserting_before(end):
                 end.replace_input_with(result, contiguous_copy(graph, result))
+
+
+def scale_of(attention: fx.Node) -> float:
+    """Returns what a `scaled_dot_product_attention` multiplies its scores with."""
+    scale = attention.kwargs.get("scale")
+    return 1 / math.sqrt(args_of(attention)[0].meta["val"].shape[-1]) if scale is None else scale  # type: ignore[return-value]
 
 
 def why_not_plain(attention: fx.Node) -> str | None:
