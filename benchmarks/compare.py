@@ -29,7 +29,18 @@ from torch._inductor.utils import fresh_cache
 
 import peers
 import qc_compiler
-from harness import RESULTS, computed_share, header, quantcache, remembered, remembered_plan, table, timed, write
+from harness import (
+    RESULTS,
+    computed_share,
+    header,
+    quantcache,
+    remembered,
+    remembered_plan,
+    speed_axis,
+    table,
+    timed,
+    write,
+)
 from joint import joint_plans, schedule
 from memory import peak, resident
 from qc_compiler.plan import Plan
@@ -279,11 +290,7 @@ def draw(rows: list[tuple[str, ...]], name: str) -> None:
         marker = "os^vD<>PX*hpd8"[number % 14]
         panel.plot(*zip(*sorted(points)), marker=marker, markersize=5, label=method, **style)
     panel.axhline(35, color="gray", linewidth=1, linestyle=":")
-    panel.set_xscale("log")
-    ticks = [0.5, 1, 2, 3, 5, 7, 10, 15, 20]
-    panel.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    panel.minorticks_off()
-    panel.set_xlabel("speed-up of a trajectory against compiled Inductor")
+    speed_axis(panel)
     panel.set_ylabel("PSNR against the full computation, dB")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=7, ncols=2)

@@ -87,6 +87,16 @@ def computed_share(model: Any) -> float | None:
         return None
 
 
+def speed_axis(panel: Any) -> None:
+    """Makes the horizontal axis of a drawn panel one of speed-ups, in even steps of their logarithm."""
+    panel.set_xscale("log")
+    low, high = panel.get_xlim()
+    ticks = [tick for tick in (0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30) if low <= tick <= high]
+    panel.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    panel.minorticks_off()
+    panel.set_xlabel("speed-up of a whole trajectory against compiled Inductor")
+
+
 def write(name: str, text: str) -> None:
     """Writes a results page and prints it."""
     RESULTS.mkdir(parents=True, exist_ok=True)

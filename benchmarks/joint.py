@@ -27,6 +27,7 @@ from harness import (
     quantcache,
     remembered,
     remembered_plan,
+    speed_axis,
     table,
     timed,
     write,
@@ -214,11 +215,7 @@ def draw(rows: list[tuple[str, ...]], plans: Sequence[qc_compiler.Plan], name: s
     for method, points in methods.items():
         style = {"color": "black", "linewidth": 2.5} if method == "joint" else {"linewidth": 1}
         panel.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method, **style)
-    panel.set_xscale("log")
-    ticks = [1, 2, 3, 5, 7, 10, 15, 20]
-    panel.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-    panel.minorticks_off()
-    panel.set_xlabel("speed-up of a whole trajectory against compiled Inductor")
+    speed_axis(panel)
     panel.set_ylabel("PSNR against the full computation, dB")
     panel.legend(fontsize=7, ncols=2)
     joint = [row for row in rows if row[0].startswith("joint")]

@@ -28,11 +28,10 @@ from qc_compiler.graph import (
     body_calls,
     body_of,
     inline,
-    keep_layouts,
     module_path,
+    replace,
     scale_of,
     trace,
-    update_values,
     values_of,
     why_not_plain,
 )
@@ -54,7 +53,7 @@ class LowerFloats(GraphPass):
             for node in body.graph.find_nodes(op="call_function", target=aten.gelu.default):
                 if "tanh" in node.kwargs.values():
                     part = trace(gelu_by_sigmoid, *values_of(node.args))
-                    _replace(node, *inline(body.graph, body, part, args_of(node), before=node))
+                    replace(node, *inline(body.graph, body, part, args_of(node), before=node))
                     changed += 1
             for node in body.graph.find_nodes(op="call_function", target=_SDPA):
                 if reason := _why_not(node):
@@ -66,24 +65,16 @@ class LowerFloats(GraphPass):
 
 
 def _lower(node: fx.Node) -> None:
-    graph = node.graph
-    with graph.inserting_before(node):
-        result = add_call(graph, kernel.bf16_attention, (*args_of(node)[:3], scale_of(node)))
+    with node.graph.inserting_before(node):
+        result = add_call(node.graph, kernel.bf16_attention, (*args_of(node)[:3], scale_of(node)))
     result.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
-    _replace(node, result)
-    update_values(graph, [result])
-    keep_layouts(graph)
-
-
-def _replace(node: fx.Node, result: fx.Node) -> None:
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
+    replace(node, result)
 
 
 def _why_not(node: fx.Node) -> str | None:
     q, k, v = values_of(args_of(node)[:3])
     if not kernel.has_bf16_attention(q.device):
-        return "this CPU has no AVX-512 BF16"
+        return "its kernel needs a CPU with AVX-512 BF16, and a C++ compiler"
     if any(ops.choose is other.target for other in node.graph.nodes):
         return "some of its steps are not quantized"
     if reason := why_not_plain(node):

@@ -39,14 +39,13 @@ from qc_compiler.graph import (
     fake_mode_of,
     getitems,
     inline,
-    keep_layouts,
     module_path,
     outputs,
     placeholders,
+    replace,
     scale_of,
     separate_bodies,
     trace,
-    update_values,
     values_of,
     why_not_plain,
 )
@@ -175,10 +174,7 @@ class RewriteAttention(GraphPass):
         if self.plan.order == "time":
             back = trace(lambda x: (_by_frame(x, site.num_text, self.num_frames),), result.meta["val"])
             (result,) = inline(graph, owner, back, [result], before=node)
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-        update_values(graph, [result])
-        keep_layouts(graph)
+        replace(node, result)
 
 
 def _choices(

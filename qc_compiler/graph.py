@@ -542,8 +542,15 @@ def contiguous_copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return copy
 
 
-def keep_layouts(graph: fx.Graph) -> None:
-    """Copies results that have the layout of an attention of ours: a body's callers know the plain one."""
+def replace(node: fx.Node, result: fx.Node) -> None:
+    """Puts a node of equal values, in any layout, into the place of another, which leaves the graph.
+
+    The graph's own results are copied where that changed their layout: a body's callers know the plain one.
+    """
+    graph = node.graph
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    update_values(graph, [result])
     end, results = graph.output_node(), outputs(graph)
     for result in results:
         if not is_plain(result.meta["val"]):

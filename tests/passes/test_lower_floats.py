@@ -120,7 +120,7 @@ def test_other_attention_stays_with_a_reason(has_kernel, attend, reason):
 
 def test_attention_stays_where_the_cpu_has_no_kernel(has_none):
     gm = lowered(capture(Stack(Block()), X))
-    assert reasons(gm) == {"blocks.0": "this CPU has no AVX-512 BF16"}
+    assert reasons(gm) == {"blocks.0": "its kernel needs a CPU with AVX-512 BF16, and a C++ compiler"}
     assert SDPA in targets(gm)
 
 
