@@ -277,7 +277,7 @@ def module_of(model: Any) -> torch.nn.Module:
 
 def draw(rows: list[tuple[str, ...]], name: str) -> None:
     """Draws PSNR over speed-up: ours in black, a line for every method with more than one setting."""
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
     methods: dict[str, list[tuple[float, float]]] = {}
@@ -293,7 +293,7 @@ def draw(rows: list[tuple[str, ...]], name: str) -> None:
     speed_axis(panel)
     panel.set_ylabel("PSNR against the full computation, dB")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside right upper", fontsize=7)
     figure.savefig(RESULTS / f"compare_{name}.png", dpi=120)
 
 
