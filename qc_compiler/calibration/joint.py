@@ -18,11 +18,12 @@ so that T is least within an error, E is least within a time, or E is least with
                 path, one block a call; the blocks that cost least error for their time come first
 
 What is chosen is built: schedule, heads on the cached trajectory, linears on that, and last the weights of the skipped
-steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run; what came
-out counts for this choice from now on. How many times E and T it is, is fitted by a factor for each lever to all that
-was built: heads save less on a cached trajectory, where fewer of them can be stale. Then it is chosen again, with as
-much caution as the last prediction was wrong, until the choice has been built already. Of several targets all but the
-last are planned once more in the end, knowing what was built for the others.
+steps, fitted anew on the compressed model, so that they also take back what the compression did. It is run. What came
+out, or came out of samples that the weights were not fitted to, whichever is worse, counts for this choice from now on.
+How many times E and T it is, is fitted by a factor for each lever to all that was built: heads save less on a cached
+trajectory, where fewer of them can be stale. Then it is chosen again, with as much caution as the last prediction was
+wrong, until the choice has been built already. Of several targets all but the last are planned once more in the end,
+knowing what was built for the others.
 
 A call is computed whole or not at all: giving one up for two of half of the blocks, as `find_schedule` tries, lowered
 the error of no schedule of the image DiT that computes a tenth, a seventh or a fifth.
@@ -573,8 +574,9 @@ class JointPlanner:
     def _build(self, choice: Choice) -> Plan:
         plan, share = self._composed(choice), choice.calls / self.num_calls
         with _freed(self._running(plan, emulate=self._is_emulated(choice))) as compiled:
-            error = self._error(self._samples("checking the plan", compiled, share))
+            own = self._error(self._samples("checking the plan", compiled, share))
             speedup = self._speedup(compiled, share)
+        error = max(own, plan.measured.get("error", 0.0))
         measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": speedup}
         predicted = self._predict(choice)
         measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}

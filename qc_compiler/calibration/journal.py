@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import OptionError, PlanError
 from ..plan import Plan
 
-VERSION = b"5"  # a file of another one is forgotten like that of another model
+VERSION = b"6"  # a file of another one is forgotten like that of another model
 
 
 class Journal:

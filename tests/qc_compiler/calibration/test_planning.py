@@ -205,7 +205,7 @@ def test_skipped_steps_are_fitted_anew_to_what_is_compressed():
         relative_error(by_sample(guided(compile_eagerly(model, options | {"plan": plan}))), full)
         for plan in (both, naive)
     ]
-    assert errors[0] == pytest.approx(both.measured["error"], rel=1e-3)
+    assert errors[0] < both.measured["error"]
     assert errors[0] < 0.95 * errors[1]
 
 
