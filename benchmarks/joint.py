@@ -2,8 +2,8 @@
 
 Targets of speed and of quality are planned together (`calibrate(target=[…])`) on seeds and labels of their own. Then
 every row samples other seeds and labels: PSNR against the full computation, what the classifier recognizes, and the
-time of one whole trajectory over that of compiled Inductor, measured in turns in one run. `planned` is the PSNR on the
-samples of the calibration. Re-timed plans are for 30 steps, and are compared with 30 full ones.
+time of one whole trajectory over that of compiled Inductor, measured in turns in one run. `planned` is the PSNR that
+the calibration measured. Re-timed plans are for 30 steps, and are compared with 30 full ones.
 
     OMP_NUM_THREADS=1 python benchmarks/joint.py [--model video|image|text]
 """

@@ -9,8 +9,8 @@ so that T is least within an error, E is least within a time, or E is least with
     r_q, r_δ    of a step's time, measured with everything computed and on a cached trajectory, where fewer heads can be
                 stale, and interpolated (log–log) between; tried where `qc_compiler.cost`, which also gives r_p, says
                 that it saves anything
-    e_c         of the best schedule found for c calls; searched where the choice falls, interpolated (log–log)
-                between, and falling to 0 where all calls are computed
+    e_c         of the best schedule found for c calls, of samples that its weights are not fitted to; searched where
+                the choice falls, interpolated (log–log) between, and falling to 0 where all calls are computed
     e_q, e_δ    of the samples, with everything computed and on a cached trajectory, where they may do far more harm;
                 interpolated (log–log) between. A scheme may give each linear bits of its own (`importance`) or each
                 step (`dmpq`), measured on the recorded trajectory
@@ -339,7 +339,8 @@ class JointPlanner:
         """Measures what each lever adds to the error of a schedule, refitted to it, and the time of its calls there."""
         calls = min(self._schedules, key=lambda calls: abs(calls - CACHED * self.num_calls))
         bare = self._schedule(calls)[0]
-        alone = functools.cache(lambda: self._running(self._composed(Choice(calls))))
+        nothing = Plan.without_schedule(self.fingerprint)
+        alone = functools.cache(lambda: self._running(self._scheduled(Choice(calls), nothing, judged=False)))
         compressed = [Choice(calls, quantize=scheme) for scheme in self.levers.schemes if scheme in self.levers.fast]
         compressed += [Choice(calls, delta=delta) for delta in self.levers.deltas if delta is not None]
         for choice in compressed:
@@ -567,7 +568,7 @@ class JointPlanner:
     def _composed(self, choice: Choice) -> Plan:
         plan = Plan.without_schedule(self.fingerprint, pruned=choice.pruned)
         if choice.delta is not None:
-            plan = self._with_heads(self._scheduled(choice, plan), choice.delta)
+            plan = self._with_heads(self._scheduled(choice, plan, judged=False), choice.delta)
         plan = replace(plan, quantization=self.levers.quantizations.get(choice.quantize or ""))
         return self._scheduled(choice, plan)
 
@@ -576,14 +577,14 @@ class JointPlanner:
         with _freed(self._running(plan, emulate=self._is_emulated(choice))) as compiled:
             own = self._error(self._samples("checking the plan", compiled, share))
             speedup = self._speedup(compiled, share)
-        error = max(own, plan.measured.get("error", 0.0))
+        error = max(own, plan.measured.get("error", 0.0))  # the kernels that users run may round away from the fit's
         measured = {"share": share, "error": error, "psnr": self._psnr(error), "speedup": speedup}
         predicted = self._predict(choice)
         measured |= {"predicted_psnr": self._psnr(predicted[0]), "predicted_speedup": predicted[1]}
         measured["generations"] = self.generations
         return replace(plan, measured=plan.measured | measured, reasons=tuple(self._reasons(choice)))
 
-    def _scheduled(self, choice: Choice, plan: Plan) -> Plan:
+    def _scheduled(self, choice: Choice, plan: Plan, *, judged: bool = True) -> Plan:
         """Returns the plan with the schedule of the choice, whose weights are fitted to what the plan compresses."""
         if choice.calls == self.num_calls:
             return self._everything.compressed_like(plan)
@@ -592,7 +593,7 @@ class JointPlanner:
         with _freed(self._compiled(plan=bare, emulate=self._is_emulated(choice))) as compiled:
             search = self._search(compiled, choice.calls)
             search.gain = gain
-            return search.plan(schedules).compressed_like(plan)
+            return search.plan(schedules, judged=judged).compressed_like(plan)
 
     @property
     def _everything(self) -> Plan:

@@ -87,9 +87,10 @@ def calibrate(
         selection: How these are chosen: `tap`, `uniform`, `random` or `kmeans`.
         emulate: As the option: fit the compensation to formats that this device has no kernel for.
         target: `speedup=4` (against everything computed, on this device), `psnr=35` (dB, mean of the samples against
-            those of the full model, each with weights that were fitted to others) or `memory=2GiB` (of the weights, for
-            `pack_`): decides schedule, precision, heads and pruning together (`qc_compiler.calibration.joint`), so that
-            none of these is an argument. Of a list, all are planned, with the same measurements.
+            those of the full model, of the plan and with weights that were fitted to other samples, whichever is
+            worse) or `memory=2GiB` (of the weights, for `pack_`): decides schedule, precision, heads and pruning
+            together (`qc_compiler.calibration.joint`), so that none of these is an argument. Of a list, all are
+            planned, with the same measurements.
         data_range: What the PSNR of `target` is relative to; None takes the range of the samples.
         max_generations: For `target`: after so many full generations nothing new is tried, but for a target that no
             plan meets yet up to four are built.
@@ -99,8 +100,8 @@ def calibrate(
 
     Returns:
         A plan with the share it spends and its relative error on the calibration samples, each with weights that were
-        fitted to others; of level `output` unless partial computation made it better. For a list of targets, a list of
-        plans.
+        fitted to others (where `generate` returns one sample, or they are not rows of the model's batch: to all); of
+        level `output` unless partial computation made it better. For a list of targets, a list of plans.
 
     Raises:
         OptionError: an argument is out of range, or `generate` returns no tensor.

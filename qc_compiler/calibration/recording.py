@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,11 +29,14 @@ class Recording:
         timesteps: In order; N of them.
         inputs: For each stream N flat samples, float32 on the CPU.
         outputs: For each stream N flat predictions, float32 on the CPU.
+        latent_shape, prediction_shape: Before they were made flat.
     """
 
     timesteps: list[float] = field(default_factory=list)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    latent_shape: tuple[int, ...] = ()
+    prediction_shape: tuple[int, ...] = ()
 
     def decide(self, *_: Any) -> None:
         """Leaves the decision to the rule, which computes everything."""
@@ -50,6 +54,7 @@ class Recording:
         if position.step < len(self.inputs.get(position.stream, [])):
             raise QuantCacheError("generate(model) sampled more than once: let it make one batch")
         assert graph.latent is not None
+        self.latent_shape, self.prediction_shape = tuple(inputs[graph.latent].shape), tuple(results[0].shape)
         self.inputs.setdefault(position.stream, []).append(flat(inputs[graph.latent]))
         self.outputs.setdefault(position.stream, []).append(flat(results[0]))
         if not self.outputs[position.stream][-1].isfinite().all():
@@ -72,10 +77,35 @@ class Recording:
                     "in a part of them?): a plan needs every stream at every step"
                 )
 
+    def samples_of_rows(self, num_samples: int) -> Tensor | None:
+        """Returns which sample each row of the model's batch is of, int64; None where that is not known.
+
+        For guidance in one call a batch may hold each sample several times, one after all others or one after itself.
+        Rows may also be frames or, of packed tokens, all samples.
+        """
+        times, rest = divmod(self.latent_shape[0], num_samples)
+        if rest or not times:
+            return None
+        rows, samples = next(iter(self.inputs.values()))[0].view(self.latent_shape[0], -1), torch.arange(num_samples)
+        tiled, interleaved = samples.repeat(times), samples.repeat_interleave(times)
+        if torch.equal(rows, rows[:num_samples][tiled]):
+            return tiled
+        return interleaved if torch.equal(rows, rows[::times][interleaved]) else None
+
     def gram(self) -> Tensor:
         """Returns the inner products of the predictions of all steps, float64 (N, N), summed over the streams."""
         stacks = [torch.stack(outputs).double() for outputs in self.outputs.values()]
         return sum((stack @ stack.T for stack in stacks), torch.zeros(()))
+
+    def _steering(self) -> slice | Tensor | None:
+        """Returns what of a flat prediction can move the sample: all, or what is before variances; None: unknown."""
+        latent, prediction = self.latent_shape, self.prediction_shape
+        if math.prod(latent) == math.prod(prediction):
+            return slice(None)
+        wider = [d for d, (own, other) in enumerate(zip(latent, prediction)) if own != other]
+        if len(latent) != len(prediction) or len(wider) != 1 or latent[wider[0]] > prediction[wider[0]]:
+            return None
+        return torch.arange(math.prod(prediction)).view(prediction).narrow(wider[0], 0, latent[wider[0]]).flatten()
 
     def sampler_step(self, step: int) -> tuple[float, NDArray[np.float64]]:
         """Returns a and b (S,) of the sampler's step
@@ -83,14 +113,14 @@ class Recording:
             x_{i+1} = a·x_i + Σ_streams b_s·v_i + Σ_streams c_s·v_{i−1}
 
         fitted to the recorded trajectory. Zeros where it is not of that form (a stochastic sampler) or is the last.
+        Variances that a model predicts beside v are not part of it.
         """
-        unknown = 0.0, np.zeros(len(self.outputs))
-        if step + 1 >= self.num_steps:
+        unknown, steering = (0.0, np.zeros(len(self.outputs))), self._steering()
+        if step + 1 >= self.num_steps or steering is None:
             return unknown
-        previous = [outputs[step - 1] for outputs in self.outputs.values()] if step else []
+        known = [outputs[at][steering] for at in (step, step - 1) if at >= 0 for outputs in self.outputs.values()]
         first = next(iter(self.inputs.values()))
-        columns = [first[step], *(outputs[step] for outputs in self.outputs.values()), *previous]
-        basis, target = torch.stack(columns, dim=1).double(), first[step + 1].double()
+        basis, target = torch.stack([first[step], *known], dim=1).double(), first[step + 1].double()
         solution = torch.linalg.lstsq(basis, target[:, None], driver="gelsd").solution[:, 0]
         b = solution[1 : 1 + len(self.outputs)].numpy()
         if (basis @ solution - target).norm() / target.norm() > 0.01 or abs(b.sum()) < 1e-6:
@@ -116,11 +146,11 @@ class Recording:
         a, b = self.sampler_step(step)
         if not b.any():
             return wanted
-        feedback = gain * a / b.sum() * (list(self.inputs.values())[stream][step] - sample)
-        wanted = wanted + feedback
+        feedback, steering = gain * a / b.sum() * (list(self.inputs.values())[stream][step] - sample), self._steering()
+        wanted[steering] += feedback
         if abs(b[stream]) > 1e-3 * abs(b).max():
             for q, predicted in enumerate(earlier):
-                wanted = wanted + b[q] / b[stream] * (recorded[q][step] + feedback - predicted)
+                wanted[steering] += b[q] / b[stream] * ((recorded[q][step] - predicted)[steering] + feedback)
         return wanted
 
 

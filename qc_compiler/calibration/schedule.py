@@ -7,7 +7,8 @@
        predicted *there*, on the trajectory that the skips before produced, so that the sample returns to its path
        (`Recording.wanted`). The gain of that feedback is measured too: 1 returns at once, which overshoots where
        guidance amplifies what two streams miss. The error a plan is said to have is that of weights fitted to one
-       half of the samples on the other half: on its own samples a plan is 1 to 3 dB better, on others it is not.
+       half of the samples on the other half: on those that they are fitted to it is 1 to 3 dB better. The schedule
+       and the gain are chosen on all samples, so that others may still be worse.
     4. Streams need not be computed at the same steps. Where one is reused, what the stream called before it predicts
        now, and what that predicted when this one was last computed, stand beside its own last predictions: that makes
        v_uncond ≈ v_cond − (v_cond − v_uncond)ⱼ possible, and the difference changes slowly.
@@ -44,7 +45,7 @@ from ..trajectory_summary import computed_share
 from .recording import COMPUTE_ALL, Recording, compile_static, compiled_runtime, flat, run_steered
 
 DEPTH = 3  # predictions a skipped step is made of: one more changed nothing on the example model
-GAINS = (0.3, 0.1, 0.6, 1.0)  # of the feedback; the first one is where the search begins
+GAINS = (0.3, 0.6, 1.0)  # of the feedback; the first one is where the search begins
 FOLDS = 2  # parts of the samples, each judged by weights that are fitted to the others
 PARTS = (0.6, 0.7)  # of the work of all streams that one of them may get
 LUCK = 0.95  # a moved step must lower the error below this part: on other samples less lowers nothing, but raises it
@@ -71,7 +72,7 @@ def find_schedule(
         raise OptionError(f"share={share}: expected a part of the work in (0, 1]")
     num_candidates = max(12, round(budget / share))
     with Progress(disable=not progress, transient=True) as bar:
-        task = bar.add_task("compiling and recording", total=1 + num_candidates + FOLDS)
+        task = bar.add_task("compiling and recording", total=1 + num_candidates)
         module = getattr(model, "_orig_mod", model)
         compiled = compile_static(module, backend, COMPUTE_ALL | {"level": level, "cache_order": DEPTH - 1})
         recording = Recording()
@@ -79,6 +80,7 @@ def find_schedule(
         search = ScheduleSearch(
             compiled, generate, recording, reference, level, lambda text: bar.update(task, advance=1, description=text)
         )
+        bar.update(task, completed=1, total=1 + num_candidates + len(search.folds))
         return search.find(max(2, round(share * recording.num_steps)), num_candidates)
 
 
@@ -136,6 +138,7 @@ class ScheduleSearch:
         self.level, self.tell = level, tell
         self.gain = GAINS[0]
         self.best: Schedules = ()
+        self.folds = self._folds()
         self._measured: dict[tuple[Schedules, float], tuple[float, ClosedLoop]] = {}
 
     def find(self, count: int, num_candidates: int) -> Plan:
@@ -154,14 +157,21 @@ class ScheduleSearch:
         self.best = best
         return self.plan(best)
 
-    def plan(self, schedules: Schedules) -> Plan:
-        """Returns the plan of these schedules."""
-        loop = self.measure(schedules, self.gain)[1]
+    def plan(self, schedules: Schedules, *, judged: bool = True) -> Plan:
+        """Returns the plan of these schedules, with the error of samples that its weights are not fitted to.
+
+        Args:
+            schedules: One for each stream.
+            judged: Whether to run that; if not, or where it cannot be, the error is of the samples fitted to.
+        """
+        error, loop = self.measure(schedules, self.gain)
+        if judged and self.folds:
+            error = self._error_of_others(schedules)
         share = computed_share(self._runtime.interface.regions, list(loop.compute))  # type: ignore[union-attr]
-        return loop.plan(self._runtime, self.level, {"share": share, "error": self._error_of_others(schedules)})
+        return loop.plan(self._runtime, self.level, {"share": share, "error": error})
 
     def measure(self, schedules: Schedules, gain: float) -> tuple[float, "ClosedLoop"]:
-        """Returns the relative error of the samples, and the run with its fitted weights."""
+        """Returns the relative error of the samples, and the run with its weights, which are fitted to all of them."""
         if (schedules, gain) not in self._measured:
             loop, samples = self._run(schedules, gain)
             error = relative_error(samples, self.reference)
@@ -169,19 +179,24 @@ class ScheduleSearch:
             self.tell(f"{loop.compute[..., 0].mean():.0%} of the steps: last error {error:.1e}")
         return self._measured[schedules, gain]
 
+    def _folds(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns parts of the samples, bool (B,), and the rows of the others; none if they are one or not rows."""
+        num_samples = len(self.reference)
+        rows = self.recording.samples_of_rows(num_samples)
+        if rows is None or num_samples < FOLDS:
+            return []
+        parts = [torch.arange(num_samples) % FOLDS == fold for fold in range(FOLDS)]
+        return [(part, ~part[rows]) for part in parts]
+
     def _error_of_others(self, schedules: Schedules) -> float:
-        """Returns the relative error of samples that the weights are not fitted to; of one sample that of its own."""
-        if len(self.reference) < FOLDS:
-            return self.measure(schedules, self.gain)[0]
         found = torch.empty_like(self.reference)
-        for fold in range(FOLDS):
-            judged = torch.arange(len(found)) % FOLDS == fold
-            found[judged] = self._run(schedules, self.gain, ~judged)[1][judged]
-            self.tell("the same on other samples")
+        for number, (judged, others) in enumerate(self.folds, 1):
+            found[judged] = self._run(schedules, self.gain, others)[1][judged]
+            self.tell(f"samples judged by weights of others: part {number} of {FOLDS}")
         return relative_error(found, self.reference)
 
-    def _run(self, schedules: Schedules, gain: float, fitted: Tensor | None = None) -> tuple["ClosedLoop", Tensor]:
-        loop = ClosedLoop(self.recording, schedules, len(self._runtime.interface.regions), gain, fitted)  # type: ignore[union-attr]
+    def _run(self, schedules: Schedules, gain: float, fitted_to: Tensor | None = None) -> tuple["ClosedLoop", Tensor]:
+        loop = ClosedLoop(self.recording, schedules, len(self._runtime.interface.regions), gain, fitted_to)  # type: ignore[union-attr]
         return loop, run_steered(self.compiled, self.generate, loop)
 
     @property
@@ -353,13 +368,13 @@ class ClosedLoop:
     Args:
         recording, schedules, gain: As of `ScheduleSearch`.
         num_regions: R.
-        fitted: Which samples the weights are fitted to, bool (B,); None for all.
+        fitted_to: Rows of the model's batch, bool; None for all.
     """
 
     def __init__(
-        self, recording: Recording, schedules: Schedules, num_regions: int, gain: float, fitted: Tensor | None = None
+        self, recording: Recording, schedules: Schedules, num_regions: int, gain: float, fitted_to: Tensor | None = None
     ) -> None:
-        self.recording, self.gain, self.fitted = recording, gain, fitted
+        self.recording, self.gain, self.fitted_to = recording, gain, fitted_to
         self.streams, steps = tuple(recording.outputs), recording.num_steps
         self.compute = np.zeros((len(self.streams), steps, num_regions), dtype=np.bool_)
         for computed, schedule in zip(self.compute, schedules):
@@ -380,12 +395,12 @@ class ClosedLoop:
         self._predicted = self._predicted[: at[0]]
         if not compute[0] and history:
             assert graph.latent is not None
-            sample = inputs[graph.latent]
-            wanted = self.recording.wanted(at[0], step, flat(sample), self._predicted, self.gain)
+            sample = flat(inputs[graph.latent])
+            wanted = self.recording.wanted(at[0], step, sample, self._predicted, self.gain)
             mixed = list(itertools.takewhile(bool, [before, *state.beside]))
             basis = torch.stack([flat(tensors[0]) for _, tensors in history] + [flat(tensors[0]) for tensors in mixed])
             prior = polynomial_weights([c for c, _ in history[:2]], self.recording.timesteps[step])
-            fitted = self._fit(basis.double(), wanted, prior, len(sample))
+            fitted = _fit(self._rows(basis.double()), self._rows(wanted), prior)
             weights[0, : len(history)], across[: len(mixed)] = np.split(fitted, [len(history)])
         elif compute[0]:
             for region in np.flatnonzero(~compute):
@@ -397,12 +412,11 @@ class ClosedLoop:
         self._predicted.append(flat(results[0]))
         return results
 
-    def _fit(self, basis: Tensor, wanted: Tensor, prior: NDArray[np.float32], batch: int) -> NDArray[np.float32]:
-        """Fits to the samples of `fitted`; a batch may hold all of them twice, for guidance in one call."""
-        if self.fitted is not None and batch % len(self.fitted) == 0:
-            rows = self.fitted.repeat(batch // len(self.fitted))
-            basis, wanted = (values.unflatten(-1, (batch, -1))[..., rows, :].flatten(-2) for values in (basis, wanted))
-        return _fit(basis, wanted, prior)
+    def _rows(self, values: Tensor) -> Tensor:
+        """Returns what the weights are fitted to of flat values (…, n)."""
+        if self.fitted_to is None:
+            return values
+        return values.unflatten(-1, (len(self.fitted_to), -1))[..., self.fitted_to, :].flatten(-2)
 
     def plan(self, runtime: Runtime, level: str, measured: dict[str, float]) -> Plan:
         names = tuple(region.name for region in runtime.interface.regions)  # type: ignore[union-attr]

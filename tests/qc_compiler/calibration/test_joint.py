@@ -417,7 +417,7 @@ def test_levers_are_measured_on_a_cached_trajectory(planned, monkeypatch):
         "levers": levers,
         "_journal": Journal(None),
         "_schedules": {4: (0.3, (), 0.1), 12: (0.1, (), 0.1)},
-        "_composed": lambda choice: composed.get(choice, "alone"),
+        "_scheduled": lambda choice, plan, *, judged: None if judged else "alone",
         "_running": lambda plan: plan,
         "_on_cached": lambda choice, alone: (composed[choice], 0.9 if alone == "alone" else 0.1),
     }.items():

@@ -205,7 +205,7 @@ def test_skipped_steps_are_fitted_anew_to_what_is_compressed():
         relative_error(by_sample(guided(compile_eagerly(model, options | {"plan": plan}))), full)
         for plan in (both, naive)
     ]
-    assert errors[0] < both.measured["error"]
+    assert 0.5 * both.measured["error"] < errors[0] < both.measured["error"]  # of samples not fitted to
     assert errors[0] < 0.95 * errors[1]
 
 
