@@ -51,8 +51,11 @@ class Recording:
         """
         if position.step == len(self.timesteps):
             self.timesteps.append(float(position.step) if timestep is None else timestep)
-        if position.step < len(self.inputs.get(position.stream, [])):
-            raise QuantCacheError("generate(model) sampled more than once: let it make one batch")
+        if position.step < (known := len(self.inputs.get(position.stream, []))):
+            raise QuantCacheError(
+                f"generate(model) sampled more than once: after {known} steps the timestep turned back, or the sample "
+                "changed by more than itself. Let it make one batch, of a model that is trained"
+            )
         assert graph.latent is not None
         self.latent_shape, self.prediction_shape = tuple(inputs[graph.latent].shape), tuple(results[0].shape)
         self.inputs.setdefault(position.stream, []).append(flat(inputs[graph.latent]))

@@ -265,6 +265,25 @@ def test_samples_are_judged_by_others_in_guidance_of_one_call_too(model):
     assert abs(plan.measured["error"] / own - 1) > 0.05
 
 
+class WithVariances(torch.nn.Module):
+    """Predicts as many channels more, as DiT-XL/2 and PixArt do; here of zeros."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, t):
+        return torch.nn.functional.pad(self.model(x, t), (0, 8))
+
+
+def test_a_model_may_predict_variances_too(model, guided_plan):
+    plan = fitted_to(WithVariances(model), lambda m: guided(lambda x, t: m(x, t)[..., :8]), schedules_of(guided_plan))
+    assert plan.measured["error"] == pytest.approx(
+        fitted_to(model, guided, schedules_of(guided_plan)).measured["error"], rel=1e-3
+    )
+    np.testing.assert_allclose(plan.weights, guided_plan.weights, atol=1e-3)
+
+
 def test_where_rows_are_no_samples_the_plan_is_judged_by_its_own(model):
     generate = functools.partial(guided_in_one_call, other=0.9)
     plan = fitted_to(model, generate, (whole_steps((0, 3, 6, 9)),))
