@@ -241,7 +241,8 @@ class GuardedGraph:
 
     def _call(self, inputs: Sequence[Any]) -> Call:
         timestep = None if self.clock is None else inputs[self.clock]
-        latent = None if self.latent is None else inputs[self.latent]
+        steered = self.runtime.pilot is not None and timestep is not None  # one run, however far off a trial may go
+        latent = None if self.latent is None or steered else inputs[self.latent]
         others = (value for i, value in enumerate(inputs) if i not in self._known and isinstance(value, Tensor))
         return Call(timestep, latent, others)
 

@@ -80,35 +80,38 @@ class Recording:
                     "in a part of them?): a plan needs every stream at every step"
                 )
 
-    def samples_of_rows(self, num_samples: int) -> Tensor | None:
-        """Returns which sample each row of the model's batch is of, int64; None where that is not known.
+    def rows_of_samples(self) -> Tensor:
+        """Returns which rows of the model's batch are one sample in the end, int64 (B, k), in the order of the first.
 
-        For guidance in one call a batch may hold each sample several times, one after all others or one after itself.
-        Rows may also be frames or, of packed tokens, all samples.
+        k is 2 for guidance in one call. Where rows are frames, B is the number of these; of packed tokens it is 1.
         """
-        times, rest = divmod(self.latent_shape[0], num_samples)
-        if rest or not times:
-            return None
-        rows, samples = next(iter(self.inputs.values()))[0].view(self.latent_shape[0], -1), torch.arange(num_samples)
-        tiled, interleaved = samples.repeat(times), samples.repeat_interleave(times)
-        if torch.equal(rows, rows[:num_samples][tiled]):
-            return tiled
-        return interleaved if torch.equal(rows, rows[::times][interleaved]) else None
+        rows = next(iter(self.inputs.values()))[-1][self._aligned()[0]].view(self.latent_shape[0], -1)
+        _, sample, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+        if (counts != counts[0]).any():
+            return torch.arange(len(rows))[:, None]
+        together = sample.argsort(stable=True).view(len(counts), -1)
+        return together[together[:, 0].argsort()]
 
     def gram(self) -> Tensor:
         """Returns the inner products of the predictions of all steps, float64 (N, N), summed over the streams."""
         stacks = [torch.stack(outputs).double() for outputs in self.outputs.values()]
         return sum((stack @ stack.T for stack in stacks), torch.zeros(()))
 
-    def _steering(self) -> slice | Tensor | None:
-        """Returns what of a flat prediction can move the sample: all, or what is before variances; None: unknown."""
-        latent, prediction = self.latent_shape, self.prediction_shape
-        if math.prod(latent) == math.prod(prediction):
-            return slice(None)
-        wider = [d for d, (own, other) in enumerate(zip(latent, prediction)) if own != other]
-        if len(latent) != len(prediction) or len(wider) != 1 or latent[wider[0]] > prediction[wider[0]]:
-            return None
-        return torch.arange(math.prod(prediction)).view(prediction).narrow(wider[0], 0, latent[wider[0]]).flatten()
+    def _aligned(self) -> tuple[slice | Tensor, slice | Tensor | None]:
+        """Returns what of a flat input and of a flat prediction belongs together; None for the latter if unknown.
+
+        All; or, where one has more channels, the first of those: variances are predicted behind them, an image to
+        start from is given behind them.
+        """
+        shapes = self.latent_shape, self.prediction_shape
+        if math.prod(shapes[0]) == math.prod(shapes[1]):
+            return slice(None), slice(None)
+        apart = [d for d, sizes in enumerate(zip(*shapes)) if sizes[0] != sizes[1]]
+        if len(shapes[0]) != len(shapes[1]) or len(apart) != 1 or apart == [0]:
+            return slice(None), None
+        width = min(shape[apart[0]] for shape in shapes)
+        first, second = (torch.arange(math.prod(s)).view(s).narrow(apart[0], 0, width).flatten() for s in shapes)
+        return first, second
 
     def sampler_step(self, step: int) -> tuple[float, NDArray[np.float64]]:
         """Returns a and b (S,) of the sampler's step
@@ -116,16 +119,27 @@ class Recording:
             x_{i+1} = a·x_i + Σ_streams b_s·v_i + Σ_streams c_s·v_{i−1}
 
         fitted to the recorded trajectory. Zeros where it is not of that form (a stochastic sampler) or is the last.
-        Variances that a model predicts beside v are not part of it.
+        x and v are of the channels that input and prediction share. Of guidance in one call, whose halves move the
+        sample as streams do, b_s is their sum.
         """
-        unknown, steering = (0.0, np.zeros(len(self.outputs))), self._steering()
-        if step + 1 >= self.num_steps or steering is None:
+        of_input, of_prediction = self._aligned()
+        unknown = 0.0, np.zeros(len(self.outputs))
+        if step + 1 >= self.num_steps or of_prediction is None:
             return unknown
-        known = [outputs[at][steering] for at in (step, step - 1) if at >= 0 for outputs in self.outputs.values()]
-        first = next(iter(self.inputs.values()))
-        basis, target = torch.stack([first[step], *known], dim=1).double(), first[step + 1].double()
+        rows = self.rows_of_samples()
+
+        def halves(values: Tensor, index: slice | Tensor) -> list[Tensor]:
+            parts = values[index].view(rows.numel(), -1)[rows].double()
+            return [part.flatten() for part in parts.unbind(1)]
+
+        inputs = next(iter(self.inputs.values()))
+        columns = [halves(inputs[step], of_input)[0]]
+        for at in (step, step - 1) if step else (step,):
+            for outputs in self.outputs.values():
+                columns += halves(outputs[at], of_prediction)
+        basis, target = torch.stack(columns, dim=1), halves(inputs[step + 1], of_input)[0]
         solution = torch.linalg.lstsq(basis, target[:, None], driver="gelsd").solution[:, 0]
-        b = solution[1 : 1 + len(self.outputs)].numpy()
+        b = solution[1 : 1 + len(self.outputs) * rows.shape[1]].view(len(self.outputs), -1).sum(1).numpy()
         if (basis @ solution - target).norm() / target.norm() > 0.01 or abs(b.sum()) < 1e-6:
             return unknown
         return float(solution[0]), b
@@ -140,16 +154,16 @@ class Recording:
         Args:
             stream: s.
             step: i.
-            sample: x̂_i, flat: where the sample is.
+            sample: x̂_i, flat: the input, where the sample is now.
             earlier: v̂_q, flat: what the streams before this one predicted at this step.
             gain: g, how much of the deviation is taken back at once.
         """
         recorded = list(self.outputs.values())
         wanted = recorded[stream][step].double()
-        a, b = self.sampler_step(step)
-        if not b.any():
+        (a, b), (of_input, steering) = self.sampler_step(step), self._aligned()
+        if not b.any() or steering is None:
             return wanted
-        feedback, steering = gain * a / b.sum() * (list(self.inputs.values())[stream][step] - sample), self._steering()
+        feedback = gain * a / b.sum() * (list(self.inputs.values())[stream][step] - sample)[of_input]
         wanted[steering] += feedback
         if abs(b[stream]) > 1e-3 * abs(b).max():
             for q, predicted in enumerate(earlier):

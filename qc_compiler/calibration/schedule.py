@@ -181,12 +181,11 @@ class ScheduleSearch:
 
     def _folds(self) -> list[tuple[Tensor, Tensor]]:
         """Returns parts of the samples, bool (B,), and the rows of the others; none if they are one or not rows."""
-        num_samples = len(self.reference)
-        rows = self.recording.samples_of_rows(num_samples)
-        if rows is None or num_samples < FOLDS:
+        num_samples, rows = len(self.reference), self.recording.rows_of_samples()
+        if len(rows) != num_samples or num_samples < FOLDS:
             return []
         parts = [torch.arange(num_samples) % FOLDS == fold for fold in range(FOLDS)]
-        return [(part, ~part[rows]) for part in parts]
+        return [(part, ~torch.isin(torch.arange(rows.numel()), rows[part])) for part in parts]
 
     def _error_of_others(self, schedules: Schedules) -> float:
         found = torch.empty_like(self.reference)
@@ -197,7 +196,8 @@ class ScheduleSearch:
 
     def _run(self, schedules: Schedules, gain: float, fitted_to: Tensor | None = None) -> tuple["ClosedLoop", Tensor]:
         loop = ClosedLoop(self.recording, schedules, len(self._runtime.interface.regions), gain, fitted_to)  # type: ignore[union-attr]
-        return loop, run_steered(self.compiled, self.generate, loop)
+        samples = run_steered(self.compiled, self.generate, loop)
+        return loop, samples if loop.is_followed else torch.full_like(samples, math.nan)
 
     @property
     def _runtime(self) -> Runtime:
@@ -382,6 +382,7 @@ class ClosedLoop:
                 computed[step, [0, *(blocks or range(1, num_regions))]] = True
         self.weights = np.zeros((*self.compute.shape, DEPTH), dtype=np.float32)
         self.across = np.zeros((*self.compute.shape[:2], 1 + DEPTH), dtype=np.float32)
+        self.is_followed = True  # False where a step had to be computed: what it was to be made of was not finite
         self._predicted: list[Tensor] = []  # by the streams of the step before this one
 
     def decide(
@@ -402,7 +403,9 @@ class ClosedLoop:
             prior = polynomial_weights([c for c, _ in history[:2]], self.recording.timesteps[step])
             fitted = _fit(self._rows(basis.double()), self._rows(wanted), prior)
             weights[0, : len(history)], across[: len(mixed)] = np.split(fitted, [len(history)])
-        elif compute[0]:
+        elif not compute[0]:
+            self.is_followed = False
+        else:
             for region in np.flatnonzero(~compute):
                 known = [at for at, _ in state.history[region]][:2]
                 weights[region, : len(known)] = polynomial_weights(known, self.recording.timesteps[step])

@@ -23,6 +23,7 @@ from qc_compiler.calibration.schedule import (
     whole_steps,
 )
 from qc_compiler.graph import RegionSpec
+from qc_compiler.runtime import GuardedGraph
 from tiny_models import compile_eagerly, eager_backend, guided, sample, tiny_dit
 
 STEPS = 12
@@ -124,7 +125,8 @@ def euler_recording(weights=(1.0,), steps=4):
         for predictions in vs.values():
             predictions.append(torch.randn(100))
         xs.append(xs[-1] - 0.25 * sum(w * v[-1] for w, v in zip(weights, vs.values())))
-    return Recording([float(steps - i) for i in range(steps)], dict.fromkeys(vs, xs[:steps]), vs)
+    times = [float(steps - i) for i in range(steps)]
+    return Recording(times, dict.fromkeys(vs, xs[:steps]), vs, latent_shape=(5, 20), prediction_shape=(5, 20))
 
 
 def test_the_samplers_step_is_read_off_the_trajectory():
@@ -149,6 +151,20 @@ def test_the_last_stream_makes_up_for_the_others_and_for_the_deviation(gain):
     )
 
 
+def test_guidance_in_one_call_is_a_step_of_both_halves():
+    two, one = euler_recording((2.0, -1.0)), euler_recording((2.0, -1.0))
+    one.inputs = {"0": [torch.cat([x, x]) for x in one.inputs["0"]]}
+    one.outputs = {"0": [torch.cat(both) for both in zip(*one.outputs.values())]}
+    one.latent_shape = one.prediction_shape = (10, 20)
+    a, b = two.sampler_step(1)
+    assert one.sampler_step(1) == pytest.approx((a, b.sum()), rel=1e-3)
+    sample = two.inputs["0"][1] + 0.1 * torch.randn(100)
+    cond, uncond = one.wanted(0, 1, torch.cat([sample, sample]), [], 0.3).chunk(2)
+    following = sample - 0.25 * (2 * cond - uncond)
+    expected = two.inputs["0"][2] + 0.7 * (sample - two.inputs["0"][1])
+    torch.testing.assert_close(following, expected.double(), atol=1e-4, rtol=0)
+
+
 def test_variances_beside_the_prediction_are_left_as_they_were_recorded():
     recording, sample, missed = euler_recording((2.0, -1.0)), torch.randn(100), torch.randn(100)
     expected = recording.wanted(1, 1, sample, [missed], 0.3).view(5, 20)
@@ -161,6 +177,15 @@ def test_variances_beside_the_prediction_are_left_as_they_were_recorded():
     torch.testing.assert_close(found, torch.cat([expected, variances], 1), atol=1e-4, rtol=0)
     recording.prediction_shape = (5, 8, 5)
     assert torch.equal(recording.wanted(1, 1, sample, [missed], 0.3), recording.outputs["1"][1].double())
+
+
+def test_an_image_given_beside_the_sample_does_not_move_it():
+    recording, sample, image = euler_recording(), torch.randn(100), torch.randn(5, 10)
+    expected = recording.wanted(0, 1, sample, [], 0.3)
+    recording.inputs["0"] = [torch.cat([x.view(5, 20), image], 1).flatten() for x in recording.inputs["0"]]
+    recording.latent_shape, recording.prediction_shape = (5, 30), (5, 20)
+    given = torch.cat([sample.view(5, 20), image], 1).flatten()
+    torch.testing.assert_close(recording.wanted(0, 1, given, [], 0.3), expected, atol=1e-4, rtol=0)
 
 
 def test_without_a_known_sampler_the_recorded_prediction_is_wanted():
@@ -265,6 +290,28 @@ def test_samples_are_judged_by_others_in_guidance_of_one_call_too(model):
     assert abs(plan.measured["error"] / own - 1) > 0.05
 
 
+def test_a_trial_that_goes_astray_stays_one_run(model):
+    torch._dynamo.reset()
+    compiled, recording = compile_static(model, backend, COMPUTE_ALL), Recording()
+
+    def astray(m):
+        x = torch.ones(1, 16, 8)
+        with torch.no_grad():
+            for i in range(6):
+                m(x * (-10) ** i, torch.full((1,), 1000.0 - i))
+        return x
+
+    run_steered(compiled, astray, recording)
+    assert recording.num_steps == 6
+    astray(compiled)
+    assert len(qc_compiler.summary(compiled).streams[0].computed) == 1  # a user's run, where each is a new one
+
+
+def test_a_trial_that_had_to_be_computed_is_none(model, monkeypatch):
+    monkeypatch.setattr(GuardedGraph, "_drop_bad_slots", lambda self, state: state.clear_slots())
+    assert fitted_to(model, guided, (whole_steps((0, 6)),) * 2).measured["error"] == np.inf
+
+
 class WithVariances(torch.nn.Module):
     """Predicts as many channels more, as DiT-XL/2 and PixArt do; here of zeros."""
 
@@ -292,20 +339,19 @@ def test_where_rows_are_no_samples_the_plan_is_judged_by_its_own(model):
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_samples", "expected"),
+    ("rows", "expected"),
     [
-        ([5, 6, 7], 3, [0, 1, 2]),
-        ([5, 6, 5, 6], 2, [0, 1, 0, 1]),
-        ([5, 5, 6, 6], 2, [0, 0, 1, 1]),
-        ([5, 6, 7, 8], 2, None),  # frames
-        ([5, 6, 7], 2, None),
-        ([5], 2, None),  # packed tokens
+        ([6, 5, 7], [[0], [1], [2]]),
+        ([6, 5, 6, 5], [[0, 2], [1, 3]]),
+        ([6, 6, 5, 5], [[0, 1], [2, 3]]),
+        ([6, 6, 5], [[0], [1], [2]]),
+        ([5], [[0]]),  # packed tokens
     ],
 )
-def test_rows_are_told_apart(rows, num_samples, expected):
-    recording = Recording(inputs={"0": [torch.tensor(rows).repeat_interleave(4).float()]}, latent_shape=(len(rows), 4))
-    found = recording.samples_of_rows(num_samples)
-    assert (found if found is None else found.tolist()) == expected
+def test_rows_of_one_sample_are_found(rows, expected):
+    recording = Recording(inputs={"0": [torch.tensor(rows).repeat_interleave(4).float()]})
+    recording.latent_shape = recording.prediction_shape = (len(rows), 4)
+    assert recording.rows_of_samples().tolist() == expected
 
 
 def test_a_plan_survives_its_file(model, plan, tmp_path):
