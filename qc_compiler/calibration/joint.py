@@ -216,6 +216,9 @@ class JointPlanner:
         self._now = clock(self.device)
         self.recording, compiled = Recording(), self._compiled()
         self.reference = self._run("recording", compiled, self.recording)
+        if self.data_range is None and self.reference.min() == self.reference.max():
+            value = float(self.reference.min())
+            raise QuantCacheError(f"generate(model) returned nothing but {value:g}: a PSNR needs data_range=… then")
         if self.recording.num_steps < 2:
             raise QuantCacheError("generate(model) took 1 step of the model: expected 2 or more, 3 for a schedule")
         self.recording.check()

@@ -53,8 +53,8 @@ class Recording:
             self.timesteps.append(float(position.step) if timestep is None else timestep)
         if position.step < (known := len(self.inputs.get(position.stream, []))):
             raise QuantCacheError(
-                f"generate(model) sampled more than once: after {known} steps the timestep turned back, or the sample "
-                "changed by more than itself. Let it make one batch, of a model that is trained"
+                f"generate(model) sampled more than once: after {known} steps the timestep turned back, or the batch "
+                "had another shape. Let it make one batch, of the same rows at every step"
             )
         assert graph.latent is not None
         self.latent_shape, self.prediction_shape = tuple(inputs[graph.latent].shape), tuple(results[0].shape)

@@ -183,8 +183,9 @@ def partly_guided(model):
         (lambda m: guided(lambda x, t: m(x * torch.nan, t)), "the model predicts NaN or Inf at step 0"),
         (partly_guided, "called stream 'uncond' at 6 of 12 steps"),
         (lambda m: sample(m, 1), "took 1 step of the model: expected 2 or more"),
+        (lambda m: guided(m).mean().isnan().float() + 2, "nothing but 2: a PSNR needs data_range"),
     ],
-    ids=["unseeded", "NaN samples", "NaN", "guidance at some steps", "one step"],
+    ids=["unseeded", "NaN samples", "NaN", "guidance at some steps", "one step", "one value"],
 )
 @pytest.mark.parametrize("target", ["psnr=40", "memory=1GiB"])
 def test_what_cannot_be_measured(generate, message, target):
