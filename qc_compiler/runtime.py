@@ -54,6 +54,28 @@ def stream(name: str) -> Iterator[None]:
         _STREAM.reset(token)
 
 
+class Pilot:
+    """What calibration steers a run by: it decides in place of the rule, and looks over the runtime's shoulder.
+
+    Attributes:
+        may_stray: Whether its samples may move further than a sampler takes them, and still be one run.
+    """
+
+    may_stray = False
+
+    def decide(
+        self, graph: "GuardedGraph", position: Position, state: StreamState, inputs: Sequence[Any], before: list[Tensor]
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32] | None] | None:
+        """Returns what a call computes, as `GuardedGraph._decide` does; None leaves it to the plan or the rule."""
+        return None
+
+    def observe(
+        self, graph: "GuardedGraph", position: Position, timestep: float | None, inputs: Any, results: Any
+    ) -> Any:
+        """Takes one call of the model; returns what the user gets for its results."""
+        return results
+
+
 class Runtime:
     """The state of one model under one set of options; shared by all its graphs and threads."""
 
@@ -75,7 +97,7 @@ class Runtime:
         self._local = threading.local()
         self._generation = 0
         self._warned: set[str] = set()
-        self.pilot: Any = None  # calibration: decides in place of the rule, and looks over our shoulder
+        self.pilot: Pilot | None = None
 
     @property
     def quantizes(self) -> bool:
@@ -241,8 +263,8 @@ class GuardedGraph:
 
     def _call(self, inputs: Sequence[Any]) -> Call:
         timestep = None if self.clock is None else inputs[self.clock]
-        steered = self.runtime.pilot is not None and timestep is not None  # one run, however far off a trial may go
-        latent = None if self.latent is None or steered else inputs[self.latent]
+        strays = self.runtime.pilot is not None and self.runtime.pilot.may_stray
+        latent = None if self.latent is None or strays else inputs[self.latent]
         others = (value for i, value in enumerate(inputs) if i not in self._known and isinstance(value, Tensor))
         return Call(timestep, latent, others)
 
@@ -566,7 +588,8 @@ class GuardedGraph:
         for i, (layer, heads) in enumerate(zip(self._keeping, made.kept)):
             if compute[self._holding(layer.block)].all():
                 state.kept[i] = heads
-        if trajectory.num_steps == position.step + 1 and self.clock is not None:
+        is_last = trajectory.num_steps == position.step + 1 and self.clock is not None
+        if is_last and self.runtime.pilot is None:  # calibrated runs may be longer than those before
             state.clear_slots()  # the trajectory is over: give its memory back
 
     def _blank(self, region: int, inputs: Sequence[Any]) -> list[Tensor]:

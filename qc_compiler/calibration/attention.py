@@ -43,7 +43,7 @@ from ..errors import QuantCacheError
 from ..heads import ASK, half_width
 from ..plan import HeadPlan, Plan
 from ..registry import runtime_of
-from ..runtime import GuardedGraph
+from ..runtime import GuardedGraph, Pilot
 from ..trajectory import Position
 from .recording import COMPUTE_ALL, compile_static, run_steered
 
@@ -75,7 +75,7 @@ class Tried:
 
 
 @dataclass
-class HeadSearch:
+class HeadSearch(Pilot):
     """Steers a model whose plan leaves its heads open, and keeps what it chose.
 
     Attributes:

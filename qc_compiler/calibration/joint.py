@@ -59,6 +59,7 @@ from ..kernels import find_kernel
 from ..plan import Plan, Quantization
 from ..region_costs import Variant
 from ..registry import runtime_of
+from ..runtime import Pilot
 from .attention import PROBES, calibrate_heads, open_heads, step_weights
 from .importance import Measurement, measure
 from .journal import Journal
@@ -340,7 +341,10 @@ class JointPlanner:
 
     def _measure_cached(self) -> None:
         """Measures what each lever adds to the error of a schedule, refitted to it, and the time of its calls there."""
-        calls = min(self._schedules, key=lambda calls: abs(calls - CACHED * self.num_calls))
+        known = [calls for calls, (error, _, _) in self._schedules.items() if math.isfinite(error)]
+        if not known:
+            return
+        calls = min(known, key=lambda calls: abs(calls - CACHED * self.num_calls))
         bare = self._schedule(calls)[0]
         nothing = Plan.without_schedule(self.fingerprint)
         alone = functools.cache(lambda: self._running(self._scheduled(Choice(calls), nothing, judged=False)))
@@ -414,7 +418,10 @@ class JointPlanner:
     # -- what is searched where the choice falls
 
     def _schedule(self, calls: int) -> tuple[float, Schedules, float]:
-        """Returns the error of the best schedule found for this many calls, the schedule, and its gain."""
+        """Returns the error of the best schedule found for this many calls, the schedule, and its gain.
+
+        The error is infinite where every schedule that was tried ends in NaN or Inf.
+        """
         if calls not in self._schedules:
             error, schedules, gain = self._journal.get(f"{calls} calls", lambda: self._find(calls))
             self._schedules[calls] = error, _as_tuples(schedules), gain
@@ -423,8 +430,9 @@ class JointPlanner:
     def _find(self, calls: int) -> tuple[float, Schedules, float]:
         search = self._search(self._compiled(), calls)
         num_candidates = max(10, round(EFFORT * self.num_calls / calls))
-        plan = search.find(calls // len(self.recording.outputs), num_candidates)
-        return plan.measured["error"], search.best, search.gain
+        best = search.find(calls // len(self.recording.outputs), num_candidates)
+        error, _ = search.measure(best, search.gain)
+        return search.plan(best).measured["error"] if math.isfinite(error) else math.inf, best, search.gain
 
     def _search(self, compiled: Any, calls: int) -> ScheduleSearch:
         share = calls / self.num_calls
@@ -435,7 +443,9 @@ class JointPlanner:
     def _schedule_error(self, calls: int) -> float:
         if calls >= self.num_calls:
             return 0.0
-        known = sorted(self._schedules)
+        known = sorted(count for count, (error, _, _) in self._schedules.items() if math.isfinite(error))
+        if not known or calls <= max(self._schedules.keys() - {*known}, default=0):
+            return math.inf
         errors = [max(self._schedules[count][0], 1e-12) for count in known]
         if calls > known[-1]:  # to nothing where all are computed
             return errors[-1] * (self.num_calls - calls) / (self.num_calls - known[-1])
@@ -513,7 +523,7 @@ class JointPlanner:
         num_streams = len(self.recording.outputs)
         all_calls = range(2 * num_streams, self.num_calls + 1, num_streams)
         choices = itertools.starmap(Choice, itertools.product(all_calls, schemes, self.levers.deltas, left_out))
-        predicted = {choice: self._predict(choice) for choice in choices}
+        predicted = {c: figures for c in choices if math.isfinite((figures := self._predict(c))[0])}
         if target.kind == "psnr":
             fine = [c for c in predicted if self._psnr(predicted[c][0]) >= target.value] or [Choice(self.num_calls)]
             return max(fine, key=lambda c: self._predict(c)[1])
@@ -668,7 +678,7 @@ class JointPlanner:
         """Returns the model as its user runs it with a plan."""
         return compile_static(self.module, self.backend, {"strict": True, "plan": plan, "emulate": emulate})
 
-    def _run(self, what: str, compiled: Any, pilot: Any) -> Tensor:
+    def _run(self, what: str, compiled: Any, pilot: Pilot) -> Tensor:
         result = run_steered(compiled, self.generate, pilot)
         self._spend(1.0, what)
         return result

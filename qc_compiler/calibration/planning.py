@@ -64,8 +64,8 @@ def calibrate(
 
     Args:
         model: The model, plain or compiled.
-        generate: The user's sampling function: takes a model to call, returns the samples as one tensor (B, …). It
-            must do the same each time (fix the seed). A handful of samples is enough.
+        generate: The user's sampling function: takes a model to call, returns the samples as one tensor (B, …), in
+            the order of the model's rows. It must do the same each time (fix the seed). A handful of samples is enough.
         share: Part of the block computations to spend, in (0, 1]; None finds no schedule and leaves it to the option
             `cache`.
         plan: What was calibrated before, to be added to; its schedule is kept and `share` is not read.

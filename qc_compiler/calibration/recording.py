@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, QuantCacheError
 from ..registry import runtime_of
-from ..runtime import GuardedGraph, Runtime
-from ..trajectory import Position
+from ..runtime import GuardedGraph, Pilot, Runtime
+from ..trajectory import MAX_STREAMS, Position, StreamState
 
 COMPUTE_ALL: dict[str, Any] = {"cache": "static", "interval": 1, "level": "output", "strict": True}  # every step
 
 
 @dataclass
-class Recording:
+class Recording(Pilot):
     """One trajectory in which every step was computed.
 
     Attributes:
@@ -30,6 +30,8 @@ class Recording:
         inputs: For each stream N flat samples, float32 on the CPU.
         outputs: For each stream N flat predictions, float32 on the CPU.
         latent_shape, prediction_shape: Before they were made flat.
+        bare_steps: Where the runtime had nothing to reuse: at step 0, and at step 1 if an input beside sample and
+            timestep changed after the first.
     """
 
     timesteps: list[float] = field(default_factory=list)
@@ -37,9 +39,12 @@ class Recording:
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     latent_shape: tuple[int, ...] = ()
     prediction_shape: tuple[int, ...] = ()
+    bare_steps: list[int] = field(default_factory=lambda: [0])
 
-    def decide(self, *_: Any) -> None:
-        """Leaves the decision to the rule, which computes everything."""
+    def decide(self, graph: GuardedGraph, position: Position, state: StreamState, *_: Any) -> None:
+        """Leaves it to the rule, which computes everything."""
+        if position.step > self.bare_steps[-1] and not state.history[0]:
+            self.bare_steps.append(position.step)
 
     def observe(
         self, graph: GuardedGraph, position: Position, timestep: float | None, inputs: Any, results: Any
@@ -47,17 +52,24 @@ class Recording:
         """Takes one call of the model; returns its results as they are.
 
         Raises:
-            QuantCacheError: the model predicts NaN or Inf, or the trajectory is a second one.
+            QuantCacheError: the model predicts NaN or Inf, the trajectory is a second one, or streams differ in shape.
         """
         if position.step == len(self.timesteps):
             self.timesteps.append(float(position.step) if timestep is None else timestep)
         if position.step < (known := len(self.inputs.get(position.stream, []))):
             raise QuantCacheError(
-                f"generate(model) sampled more than once: after {known} steps the timestep turned back, or the batch "
-                "had another shape. Let it make one batch, of the same rows at every step"
+                f"generate(model) sampled more than once: after {known} steps the timestep turned back, or came more "
+                f"than {MAX_STREAMS} times, or the sample jumped (fresh noise at every step?), or the batch had another"
+                " shape. Let it make one batch, of the same rows at every step"
             )
         assert graph.latent is not None
-        self.latent_shape, self.prediction_shape = tuple(inputs[graph.latent].shape), tuple(results[0].shape)
+        shapes = tuple(inputs[graph.latent].shape), tuple(results[0].shape)
+        if self.inputs and shapes != (self.latent_shape, self.prediction_shape):
+            raise QuantCacheError(
+                f"generate(model) called stream {position.stream!r} with a sample of {shapes[0]}, and another one with "
+                f"{self.latent_shape}: a plan needs streams of one shape"
+            )
+        self.latent_shape, self.prediction_shape = shapes
         self.inputs.setdefault(position.stream, []).append(flat(inputs[graph.latent]))
         self.outputs.setdefault(position.stream, []).append(flat(results[0]))
         if not self.outputs[position.stream][-1].isfinite().all():
@@ -71,8 +83,13 @@ class Recording:
     def check(self) -> None:
         """
         Raises:
-            QuantCacheError: a stream is not called at every step.
+            QuantCacheError: a stream is not called at every step, or finds nothing to reuse in the midst of the run.
         """
+        if late := [step for step in self.bare_steps if step > 1]:
+            raise QuantCacheError(
+                f"nothing was there to reuse at step {late[0]}: the weights, or the sizes of an input, changed during "
+                "generate(model). Let them stay the same from step to step"
+            )
         for stream, outputs in self.outputs.items():
             if len(outputs) != self.num_steps:
                 raise QuantCacheError(
@@ -100,8 +117,8 @@ class Recording:
     def _aligned(self) -> tuple[slice | Tensor, slice | Tensor | None]:
         """Returns what of a flat input and of a flat prediction belongs together; None for the latter if unknown.
 
-        All; or, where one has more channels, the first of those: variances are predicted behind them, an image to
-        start from is given behind them.
+        All; or, where one has more channels, a part of those: variances are predicted behind the others, an image to
+        start from is given behind the sample, or before it.
         """
         shapes = self.latent_shape, self.prediction_shape
         if math.prod(shapes[0]) == math.prod(shapes[1]):
@@ -109,9 +126,12 @@ class Recording:
         apart = [d for d, sizes in enumerate(zip(*shapes)) if sizes[0] != sizes[1]]
         if len(shapes[0]) != len(shapes[1]) or len(apart) != 1 or apart == [0]:
             return slice(None), None
-        width = min(shape[apart[0]] for shape in shapes)
-        first, second = (torch.arange(math.prod(s)).view(s).narrow(apart[0], 0, width).flatten() for s in shapes)
-        return first, second
+        (at,), width = apart, min(shape[apart[0]] for shape in shapes)
+        of_input, of_prediction = (torch.arange(math.prod(shape)).view(shape) for shape in shapes)
+        inputs, rest = next(iter(self.inputs.values())), shapes[0][at] - width
+        before = of_input.narrow(at, 0, rest).flatten()
+        start = rest if torch.equal(inputs[0][before], inputs[-1][before]) else 0
+        return of_input.narrow(at, start, width).flatten(), of_prediction.narrow(at, 0, width).flatten()
 
     def sampler_step(self, step: int) -> tuple[float, NDArray[np.float64]]:
         """Returns a and b (S,) of the sampler's step
@@ -161,8 +181,9 @@ class Recording:
         recorded = list(self.outputs.values())
         wanted = recorded[stream][step].double()
         (a, b), (of_input, steering) = self.sampler_step(step), self._aligned()
-        if not b.any() or steering is None:
+        if not b.any():
             return wanted
+        assert steering is not None
         feedback = gain * a / b.sum() * (list(self.inputs.values())[stream][step] - sample)[of_input]
         wanted[steering] += feedback
         if abs(b[stream]) > 1e-3 * abs(b).max():
@@ -180,7 +201,7 @@ def by_sample(result: Tensor) -> Tensor:
     return flat(result).view(len(result) if result.dim() > 1 else 1, -1)
 
 
-def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Any) -> Tensor:
+def run_steered(compiled: Any, generate: Callable[[Any], Any], pilot: Pilot) -> Tensor:
     """Runs `generate` once with `pilot` at the helm of the runtime; returns its samples (B, n)."""
     runtime = compiled_runtime(compiled, generate)
     runtime.pilot = pilot

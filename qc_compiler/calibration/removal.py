@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime import GuardedGraph
+from ..runtime import GuardedGraph, Pilot
 from ..trajectory import Position, StreamState
 from .recording import Recording, flat
 
 
-class OneBlockLess:
+class OneBlockLess(Pilot):
     """Leaves one block out of each call, and keeps the trajectory on its recorded path.
 
     It is the block that was left out least so far, and of several the one least in the call's stream.

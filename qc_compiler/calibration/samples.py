@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantCacheError
-from ..runtime import GuardedGraph
+from ..runtime import GuardedGraph, Pilot
 from ..trajectory import Position
 from .selection import select
 
@@ -32,15 +32,12 @@ class Call:
 
 
 @dataclass
-class Calls:
+class Calls(Pilot):
     """Looks over the runtime's shoulder and keeps the inputs of every call that was computed."""
 
     calls: list[Call] = field(default_factory=list)
     latent: int = 0
     parameters: frozenset[int] = frozenset()
-
-    def decide(self, *_: Any) -> None:
-        """Leaves the decision to the plan or the rule."""
 
     def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
         assert graph.latent is not None

@@ -39,7 +39,7 @@ from ..errors import OptionError, QuantCacheError
 from ..extrapolation import polynomial_weights
 from ..graph import RegionSpec
 from ..plan import Plan
-from ..runtime import GuardedGraph, Runtime
+from ..runtime import GuardedGraph, Pilot, Runtime
 from ..trajectory import Position, StreamState
 from ..trajectory_summary import computed_share
 from .recording import COMPUTE_ALL, Recording, compile_static, compiled_runtime, flat, run_steered
@@ -81,7 +81,7 @@ def find_schedule(
             compiled, generate, recording, reference, level, lambda text: bar.update(task, advance=1, description=text)
         )
         bar.update(task, completed=1, total=1 + num_candidates + len(search.folds))
-        return search.find(max(2, round(share * recording.num_steps)), num_candidates)
+        return search.plan(search.find(max(2, round(share * recording.num_steps)), num_candidates))
 
 
 def refitted(model: Any, generate: Callable[[Any], Any], plan: Plan, *, emulate: bool, backend: Any) -> Plan:
@@ -137,25 +137,26 @@ class ScheduleSearch:
         self.compiled, self.generate, self.recording, self.reference = compiled, generate, recording, reference
         self.level, self.tell = level, tell
         self.gain = GAINS[0]
-        self.best: Schedules = ()
         self.folds = self._folds()
         self._measured: dict[tuple[Schedules, float], tuple[float, ClosedLoop]] = {}
 
-    def find(self, count: int, num_candidates: int) -> Plan:
-        """Returns the best plan that spends as much as `count` steps of every stream, of about `num_candidates`."""
+    def find(self, count: int, num_candidates: int) -> Schedules:
+        """Returns the best that spend as much as `count` steps of every stream, of about `num_candidates`.
+
+        The gain is chosen too.
+        """
         num_streams, num_steps = len(self.recording.outputs), self.recording.num_steps
         regions = self._runtime.interface.regions  # type: ignore[union-attr]
-        first = [(whole_steps(steps),) * num_streams for steps in starts(self.recording.gram().numpy(), count)]
+        bare = self.recording.bare_steps
+        first = [(whole_steps(steps),) * num_streams for steps in starts(self.recording.gram().numpy(), count, bare)]
         best = self._best(first)
-        shares = uneven([step for step, _ in best[0]], count, num_steps, num_streams)
+        shares = uneven([step for step, _ in best[0]], count, num_steps, num_streams, bare)
         best = self._best([best, *shares])
         self.gain = min(GAINS, key=lambda gain: self.measure(best, gain)[0])
         rest = num_candidates - len(first) - len(shares) - len(GAINS) + 1
         partial = rest // 3 if len(regions) > 1 else 0
-        best = self._improve(best, lambda now: moves(now, num_steps), rest - partial)
-        best = self._improve(best, lambda now: exchanges(now, num_steps, regions), partial)
-        self.best = best
-        return self.plan(best)
+        best = self._improve(best, lambda now: moves(now, num_steps, bare), rest - partial)
+        return self._improve(best, lambda now: exchanges(now, num_steps, regions), partial)
 
     def plan(self, schedules: Schedules, *, judged: bool = True) -> Plan:
         """Returns the plan of these schedules, with the error of samples that its weights are not fitted to.
@@ -163,8 +164,14 @@ class ScheduleSearch:
         Args:
             schedules: One for each stream.
             judged: Whether to run that; if not, or where it cannot be, the error is of the samples fitted to.
+
+        Raises:
+            QuantCacheError: a skipped step cannot be made of those before it.
         """
         error, loop = self.measure(schedules, self.gain)
+        if not math.isfinite(error):
+            spent = loop.compute[..., 0].mean()
+            raise QuantCacheError(f"the samples are not finite where {spent:.0%} of the steps are computed: spend more")
         if judged and self.folds:
             error = self._error_of_others(schedules)
         share = computed_share(self._runtime.interface.regions, list(loop.compute))  # type: ignore[union-attr]
@@ -219,8 +226,8 @@ class ScheduleSearch:
         return best
 
 
-def starts(gram: NDArray[np.float64], count: int) -> list[tuple[int, ...]]:
-    """Returns the lists of steps that the search starts from.
+def starts(gram: NDArray[np.float64], count: int, bare: Sequence[int] = (0,)) -> list[tuple[int, ...]]:
+    """Returns the lists of steps that the search starts from; `bare` are those that have to be computed.
 
     They are the shortest paths, evenly spaced steps, what lies between, and steps along a power law. A shortest path
     knows each prediction on the full trajectory only; for very few steps the errors that skipped steps feed into each
@@ -231,7 +238,7 @@ def starts(gram: NDArray[np.float64], count: int) -> list[tuple[int, ...]]:
     even = np.linspace(0, 1, count)
     powers = [last * even**power for power in (0.8, 1.0, 1.25, 1.5)]
     spaced = [*paths, *powers, (powers[1] + paths[-1]) / 2]
-    distinct = {tuple(int(step) for step in np.round(steps)) for steps in spaced}
+    distinct = {(*bare, *(int(step) for step in np.round(steps)[len(bare) :])) for steps in spaced}
     return [steps for steps in sorted(distinct) if len(set(steps)) == count]
 
 
@@ -281,7 +288,9 @@ def whole_steps(computed: Iterable[int]) -> Schedule:
     return tuple((step, ()) for step in sorted(computed))
 
 
-def uneven(steps: Sequence[int], count: int, num_steps: int, num_streams: int) -> list[Schedules]:
+def uneven(
+    steps: Sequence[int], count: int, num_steps: int, num_streams: int, bare: Sequence[int] = (0,)
+) -> list[Schedules]:
     """Returns schedules that spend as much as `count` steps of every stream, most of it on one of them.
 
     Args:
@@ -289,28 +298,29 @@ def uneven(steps: Sequence[int], count: int, num_steps: int, num_streams: int) -
         count: How many there are.
         num_steps: N.
         num_streams: S.
+        bare: Steps that have to be computed.
     """
     found: dict[Schedules, None] = {}
     for part in PARTS if num_streams > 1 else ():
         most = min(round(part * count * num_streams), num_steps)
         least = (count * num_streams - most) // (num_streams - 1)
         if least >= 2:
-            dense, sparse = (whole_steps(_respaced(steps, n)) for n in (most, least))
+            dense, sparse = (whole_steps({*bare, *_respaced(steps, n)[len(bare) :]}) for n in (most, least))
             for rich in (0, num_streams - 1):
                 found[tuple(dense if stream == rich else sparse for stream in range(num_streams))] = None
     return list(found)
 
 
-def _respaced(steps: Sequence[int], count: int) -> set[int]:
+def _respaced(steps: Sequence[int], count: int) -> list[int]:
     """Returns about `count` steps with the spacing of `steps`; fewer where two fall together."""
     places = np.linspace(0, len(steps) - 1, count)
-    return {round(step) for step in np.interp(places, np.arange(len(steps)), steps)}
+    return sorted({round(step) for step in np.interp(places, np.arange(len(steps)), steps)})
 
 
-def moves(schedules: Schedules, num_steps: int) -> Iterator[Schedules]:
+def moves(schedules: Schedules, num_steps: int, bare: Sequence[int] = (0,)) -> Iterator[Schedules]:
     """Yields schedules with one computed step moved by up to three or given to another stream, in a fixed random order.
 
-    Steps that all streams compute are also moved in all of them at once.
+    Steps that all streams compute are also moved in all of them at once; those of `bare` stay.
     """
     computed = [[step for step, _ in schedule] for schedule in schedules]
     streams = range(len(schedules))
@@ -333,7 +343,7 @@ def moves(schedules: Schedules, num_steps: int) -> Iterator[Schedules]:
         if len(target) == 2:
             moved[target[0]].add(target[1])
         sizes = [sum(map(len, steps)) for steps in (moved, computed)]
-        if sizes[0] == sizes[1] and all(0 in steps and max(steps) < num_steps for steps in moved):
+        if sizes[0] == sizes[1] and all(steps.issuperset(bare) and max(steps) < num_steps for steps in moved):
             yield tuple(map(whole_steps, moved))
 
 
@@ -341,7 +351,7 @@ def exchanges(schedules: Schedules, num_steps: int, regions: Sequence[RegionSpec
     """Yields schedules in which one whole step gave way to two, before and behind it, of half of the blocks each.
 
     The half is the first, the last, or every second block (which are the spatial ones of many video models). All
-    streams that compute the step whole take part.
+    streams that compute the step whole take part. A step with none free before it stays.
     """
     blocks = range(1, len(regions))
     middle = len(blocks) // 2
@@ -362,7 +372,7 @@ def exchanges(schedules: Schedules, num_steps: int, regions: Sequence[RegionSpec
             yield tuple(exchanged)
 
 
-class ClosedLoop:
+class ClosedLoop(Pilot):
     """Steers a run by schedules and fits the weights of their skipped steps on the way.
 
     Args:
@@ -370,6 +380,8 @@ class ClosedLoop:
         num_regions: R.
         fitted_to: Rows of the model's batch, bool; None for all.
     """
+
+    may_stray = True
 
     def __init__(
         self, recording: Recording, schedules: Schedules, num_regions: int, gain: float, fitted_to: Tensor | None = None
@@ -382,7 +394,7 @@ class ClosedLoop:
                 computed[step, [0, *(blocks or range(1, num_regions))]] = True
         self.weights = np.zeros((*self.compute.shape, DEPTH), dtype=np.float32)
         self.across = np.zeros((*self.compute.shape[:2], 1 + DEPTH), dtype=np.float32)
-        self.is_followed = True  # False where a step had to be computed: what it was to be made of was not finite
+        self.is_followed = True  # False where a step had to be computed: what was there to reuse was not finite
         self._predicted: list[Tensor] = []  # by the streams of the step before this one
 
     def decide(
@@ -458,7 +470,7 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     Args:
         result, reference: (B, n). Each is relative to the quadratic mean of the references' norms.
     """
-    errors = (result - reference).norm(dim=1) / reference.norm() * math.sqrt(len(reference))
+    errors = (result - reference).norm(dim=1) / reference.norm().clamp_min(TINY) * math.sqrt(len(reference))
     if not errors.isfinite().all():
         return math.inf
     return float(errors.clamp_min(ROUNDING).log().mean().exp()) if errors.any() else 0.0

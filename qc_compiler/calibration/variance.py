@@ -11,20 +11,17 @@ from ..compensation import compensate, fit_correction
 from ..errors import QuantCacheError
 from ..plan import Plan
 from ..registry import runtime_of
-from ..runtime import GuardedGraph
+from ..runtime import GuardedGraph, Pilot
 from ..trajectory import Position
 from .recording import Recording, run_steered
 
 
-class _Fit:
+class _Fit(Pilot):
     """Corrects each output as soon as it is there, so that each correction is found with those before it active."""
 
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self.corrections: dict[str, list[Tensor]] = {}
-
-    def decide(self, *_: Any) -> None:
-        """Leaves the decision to the plan or the rule."""
 
     def observe(self, graph: GuardedGraph, position: Position, timestep: Any, inputs: Any, results: Any) -> Any:
         known = self._recording.outputs.get(position.stream, [])

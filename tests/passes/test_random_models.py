@@ -15,7 +15,7 @@ from driver import noise
 from passes import GuardRegions, Normalize, ShareBodies
 from qc_compiler.backend import _guarded_graph
 from qc_compiler.options import parse_options
-from qc_compiler.runtime import Runtime
+from qc_compiler.runtime import Pilot, Runtime
 from qc_compiler.show import show
 from qc_compiler.statistics import Statistic, ratios
 from random_models import BATCH, TEXT, TOKENS, RandomModel, Reference, model_specs
@@ -144,7 +144,7 @@ def assert_owns_its_results(branch):
         taken.add(storage)
 
 
-class Pilot:
+class DrawingPilot(Pilot):
     """Decides in place of the rule, as drawn."""
 
     def __init__(self, names, depth, draw):
@@ -153,9 +153,6 @@ class Pilot:
     def decide(self, graph, position, state, inputs, before):
         row = st.lists(st.booleans(), min_size=len(self.names), max_size=len(self.names))
         return np.array(self.draw(row)), self.draw(rows_of_weights(len(self.names), self.depth)), None
-
-    def observe(self, *args):
-        return args[-1]
 
 
 def rows_of_weights(regions, depth):
@@ -168,7 +165,7 @@ def check_trajectory(rewritten, level, depth, draw):
     runtime = Runtime(parse_options({"cache": "static", "level": level, "cache_order": depth - 1}))
     count = len(rewritten.captured.inputs)
     graph = _guarded_graph(rewritten.gm, count, runtime)
-    runtime.pilot, called = Pilot(rewritten.names, depth, draw), []
+    runtime.pilot, called = DrawingPilot(rewritten.names, depth, draw), []
 
     def compiled(*args):
         called.append((args[count].tolist(), args[count + 1].tolist()))

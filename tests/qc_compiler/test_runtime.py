@@ -20,7 +20,7 @@ from qc_compiler.graph import Report
 from qc_compiler.pipeline import PassRun
 from qc_compiler.plan import Quantization
 from qc_compiler.registry import runtime_of
-from qc_compiler.runtime import _STREAM, MAX_TRAJECTORIES
+from qc_compiler.runtime import _STREAM, MAX_TRAJECTORIES, Pilot
 from qc_compiler.statistics import Statistic, Sum
 from qc_compiler.trajectory import MAX_STREAMS, PendingStep, Position
 from ranks import decide_as_rank
@@ -744,16 +744,13 @@ def test_where_the_graph_could_not_be_corrected_reused_steps_are_not_either():
 
 
 def test_a_pilot_sees_what_the_model_said_and_its_result_is_returned():
-    class Pilot:
-        def decide(self, *_):
-            return None
-
+    class OneMore(Pilot):
         def observe(self, graph, position, timestep, inputs, results):
             self.seen = results[0].clone()
             return (results[0] + 1,)
 
     driver, bare, _ = corrected()
-    driver.runtime.pilot = Pilot()
+    driver.runtime.pilot = OneMore()
     result, expected = driver(noise(), 1000), bare(noise(), 1000)
     assert torch.equal(driver.runtime.pilot.seen, expected)
     assert torch.equal(result, expected + 1)

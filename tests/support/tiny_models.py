@@ -91,14 +91,17 @@ def sample(model: Any, num_steps: int = 8, seed: int = 0, batch: int = 2, tokens
     return torch.stack(predictions)
 
 
-def guided(model: Any, num_steps: int = 12, rows: slice = slice(2)) -> Tensor:
-    """Euler steps with two streams, of which the second sees another input; returns (2, 16, 8), or rows of that."""
+def guided(model: Any, rows: slice = slice(2), num_steps: int = 12) -> Tensor:
+    """Euler steps with two streams, of which the second sees another input; returns (2, 16, 8), or rows of that.
+
+    Twelve, or the first of those.
+    """
     x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(3))[rows]
     with torch.no_grad():
         for i in range(num_steps):
-            t = torch.full((len(x),), 1000.0 * (1 - i / num_steps))
+            t = torch.full((len(x),), 1000.0 * (1 - i / 12))
             cond, uncond = model(x, t), model(0.9 * x, t)
-            x = x - (uncond + 2 * (cond - uncond)) / num_steps
+            x = x - (uncond + 2 * (cond - uncond)) / 12
     return x
 
 

@@ -16,7 +16,7 @@ from qc_compiler.calibration.joint import Choice, JointPlanner, Levers, Target, 
 from qc_compiler.calibration.journal import Journal
 from qc_compiler.calibration.recording import COMPUTE_ALL, Recording, by_sample, first_call, run_steered
 from qc_compiler.calibration.removal import OneBlockLess
-from qc_compiler.calibration.schedule import relative_error
+from qc_compiler.calibration.schedule import ScheduleSearch, relative_error
 from qc_compiler.formats.schemes import SCHEMES, Scheme
 from qc_compiler.plan import Plan
 from qc_compiler.registry import runtimes_of
@@ -224,9 +224,21 @@ def test_targets_are_met_as_the_plans_say(model, planned):
     for plan in (fine, fast, small):
         found = guided(compile_eagerly(model, {"plan": plan}))
         error = relative_error(by_sample(found), by_sample(reference))
-        assert 0.8 * plan.measured["error"] <= error <= 1.001 * plan.measured["error"]  # of samples not fitted to
+        assert 0.8 * plan.measured["error"] <= error <= 1.001 * plan.measured["error"]
         assert plan.reasons[0].startswith(f"{plan.compute[..., 0].sum()} calls")
         assert plan.measured["speedup"] >= 1
+
+
+@pytest.mark.parametrize(("own", "of_others"), [(0.2, 0.3), (0.3, 0.2)])
+def test_a_plan_has_its_own_error_or_that_of_samples_not_fitted_to(planned, monkeypatch, own, of_others):
+    planner, composed = planned[0], replace(planned[1]["speedup=3"], measured={"error": of_others})
+    for name, value in {
+        "_composed": lambda choice: composed,
+        "_running": lambda plan, *, emulate: planner._full,
+        "_error": lambda samples: own,
+    }.items():
+        monkeypatch.setattr(planner, name, value)
+    assert planner._build(Choice(6)).measured["error"] == 0.3
 
 
 def test_memory_is_met_by_the_scheme_with_the_least_error(model, planned):
@@ -398,6 +410,23 @@ def test_the_error_of_a_schedule_falls_with_its_calls(planned, monkeypatch):
     found = [planner._schedule_error(calls) for calls in (2, 4, 8, 16, 24)]
     assert found == pytest.approx([1.6, 0.4, 0.1, 0.05, 0.0])
     assert 0.1 < planner._schedule_error(6) < 0.4
+
+
+def test_schedules_that_end_in_nothing_finite_are_not_chosen(planned, monkeypatch):
+    planner = planned[0]
+    schedules = {2: (np.inf, (), 0.1), 4: (np.inf, (), 0.1), 8: (0.1, (), 0.1)}
+    for name, value in {"_schedules": schedules, "_built": {}, "levers": Levers()}.items():
+        monkeypatch.setattr(planner, name, value)
+    assert [np.isfinite(planner._schedule_error(calls)) for calls in (2, 3, 4, 6, 8, 24)] == [False] * 3 + [True] * 3
+    assert planner._choose(Target("speedup", 1e6)).calls == planner._choose(Target("psnr", 1.0)).calls == 6
+    monkeypatch.setattr(planner, "_schedules", {2: schedules[2]})
+    assert planner._choose(Target("speedup", 3.0)).calls == planner.num_calls
+    planner._measure_cached()  # there is nothing to measure it on
+
+
+def test_a_search_that_finds_nothing_finite_says_so(planned, monkeypatch):
+    monkeypatch.setattr(ScheduleSearch, "measure", lambda self, schedules, gain: (np.inf, None))
+    assert planned[0]._find(4)[0] == np.inf
 
 
 def test_a_lever_does_more_harm_on_a_cached_trajectory(planned, monkeypatch):

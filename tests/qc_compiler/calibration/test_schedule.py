@@ -1,3 +1,4 @@
+import copy
 import functools
 import itertools
 
@@ -11,6 +12,7 @@ from qc_compiler.calibration.schedule import (
     DEPTH,
     LUCK,
     ROUNDING,
+    ClosedLoop,
     ScheduleSearch,
     exchanges,
     moves,
@@ -80,10 +82,11 @@ def test_shortest_path_with_depth_two_is_the_optimum():
 
 def test_every_start_computes_step_0_and_as_many_steps_as_asked():
     gram = gram_of(np.random.default_rng(2).normal(size=(20, 6)).cumsum(axis=0))
-    for steps in starts(gram, 6):
-        assert steps[0] == 0
-        assert len(set(steps)) == 6
-        assert steps[-1] < 20
+    for bare in ([0], [0, 1]):
+        for steps in starts(gram, 6, bare):
+            assert [*steps[: len(bare)]] == bare
+            assert len(set(steps)) == 6
+            assert steps[-1] < 20
 
 
 def work(schedules):
@@ -107,6 +110,14 @@ def test_streams_give_steps_to_each_other_and_move_together():
     sizes = {tuple(map(len, changed)) for changed in moves(before, 12)}
     assert sizes == {(3, 2), (2, 3), (4, 1)}
     assert tuple(map(whole_steps, ([0, 5, 9], [0, 5]))) in list(moves(before, 12))
+
+
+def test_steps_with_nothing_to_reuse_stay_computed():
+    before, bare = tuple(map(whole_steps, ([0, 1, 9, 15], [0, 1, 4]))), [0, 1]
+    regions = [RegionSpec("output", -1, 0.0), *(RegionSpec(f"blocks.{i}", 0, 1.0) for i in range(4))]
+    found = [*moves(before, 20, bare), *exchanges(before, 20, regions), *uneven([0, 1, 9, 15], 4, 20, 2, bare)]
+    assert all(schedule[:2] == ((0, ()), (1, ())) for changed in found for schedule in changed)
+    assert all(work(changed) in (7, 8) for changed in found)
 
 
 def test_uneven_shares_spend_as_much_on_one_stream_more():
@@ -179,13 +190,28 @@ def test_variances_beside_the_prediction_are_left_as_they_were_recorded():
     assert torch.equal(recording.wanted(1, 1, sample, [missed], 0.3), recording.outputs["1"][1].double())
 
 
-def test_an_image_given_beside_the_sample_does_not_move_it():
-    recording, sample, image = euler_recording(), torch.randn(100), torch.randn(5, 10)
+@pytest.mark.parametrize("width", [10, 20, 30])
+@pytest.mark.parametrize("is_before", [False, True])
+def test_an_image_given_beside_the_sample_does_not_move_it(width, is_before):
+    recording, sample, image = euler_recording(), torch.randn(100), torch.randn(5, width)
     expected = recording.wanted(0, 1, sample, [], 0.3)
-    recording.inputs["0"] = [torch.cat([x.view(5, 20), image], 1).flatten() for x in recording.inputs["0"]]
-    recording.latent_shape, recording.prediction_shape = (5, 30), (5, 20)
-    given = torch.cat([sample.view(5, 20), image], 1).flatten()
-    torch.testing.assert_close(recording.wanted(0, 1, given, [], 0.3), expected, atol=1e-4, rtol=0)
+
+    def beside(x):
+        return torch.cat([image, x.view(5, 20)] if is_before else [x.view(5, 20), image], 1).flatten()
+
+    recording.inputs["0"] = [beside(x) for x in recording.inputs["0"]]
+    recording.latent_shape, recording.prediction_shape = (5, 20 + width), (5, 20)
+    torch.testing.assert_close(recording.wanted(0, 1, beside(sample), [], 0.3), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("is_before", [False, True])
+def test_rows_of_one_sample_are_found_beside_an_image(is_before):
+    """Of guidance in one call: the unconditional half is given zeros instead."""
+    x, image = torch.randn(2, 3, 4), torch.cat([torch.ones(3, 4), torch.zeros(3, 4)])
+    recording = Recording(latent_shape=(6, 8), prediction_shape=(6, 4))
+    steps = [[step.repeat(2, 1), image] for step in x]
+    recording.inputs["0"] = [torch.cat(parts[::-1] if is_before else parts, 1).flatten() for parts in steps]
+    assert recording.rows_of_samples().tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_without_a_known_sampler_the_recorded_prediction_is_wanted():
@@ -201,6 +227,7 @@ def test_the_error_of_samples_is_the_mean_of_their_psnr():
     assert relative_error(reference + torch.tensor([[0.1], [0.0]]), reference) == pytest.approx((0.1 * ROUNDING) ** 0.5)
     broken[1, 3] = torch.nan
     assert relative_error(broken, reference) == np.inf
+    assert relative_error(torch.zeros(2, 50), torch.zeros(2, 50)) == 0.0
 
 
 @pytest.mark.parametrize(("error", "is_better"), [(0.99 * LUCK, True), (1.01 * LUCK, False)])
@@ -293,6 +320,7 @@ def test_samples_are_judged_by_others_in_guidance_of_one_call_too(model):
 def test_a_trial_that_goes_astray_stays_one_run(model):
     torch._dynamo.reset()
     compiled, recording = compile_static(model, backend, COMPUTE_ALL), Recording()
+    run_steered(compiled, lambda m: sample(m, 6), recording)
 
     def astray(m):
         x = torch.ones(1, 16, 8)
@@ -301,15 +329,95 @@ def test_a_trial_that_goes_astray_stays_one_run(model):
                 m(x * (-10) ** i, torch.full((1,), 1000.0 - i))
         return x
 
-    run_steered(compiled, astray, recording)
-    assert recording.num_steps == 6
+    run_steered(compiled, astray, ClosedLoop(recording, (whole_steps(range(6)),), 1, 0.3))
+    assert len(qc_compiler.summary(compiled).streams[0].computed) == 6
     astray(compiled)
     assert len(qc_compiler.summary(compiled).streams[0].computed) == 1  # a user's run, where each is a new one
 
 
 def test_a_trial_that_had_to_be_computed_is_none(model, monkeypatch):
-    monkeypatch.setattr(GuardedGraph, "_drop_bad_slots", lambda self, state: state.clear_slots())
-    assert fitted_to(model, guided, (whole_steps((0, 6)),) * 2).measured["error"] == np.inf
+    def drop(graph, state):
+        if isinstance(graph.runtime.pilot, ClosedLoop):
+            state.clear_slots()
+
+    monkeypatch.setattr(GuardedGraph, "_drop_bad_slots", drop)
+    with pytest.raises(qc_compiler.QuantCacheError, match="not finite where 17% of the steps are computed: spend more"):
+        fitted_to(model, guided, (whole_steps((0, 6)),) * 2)
+
+
+def test_a_run_that_was_given_up_does_not_end_the_calibrated_one(model):
+    torch._dynamo.reset()
+    compiled, recording = compile_static(model, backend, COMPUTE_ALL), Recording()
+    for _ in range(2):
+        guided(compiled, num_steps=6)
+    run_steered(compiled, guided, recording)
+    assert recording.bare_steps == [0]
+
+
+class WithHint(torch.nn.Module):
+    """Is given something more at each step, as by a ControlNet."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, timestep, hint):
+        return self.model(x, timestep) + 0.1 * hint
+
+
+def hinted(model, changes=True):
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for i in range(STEPS):
+            hint = torch.full((2, 1, 1), i / STEPS if changes else 0.5)
+            x = x - model(x, torch.full((2,), 1000.0 - i), hint) / STEPS
+    return x
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_what_changes_after_the_first_step_has_the_second_computed(model, changes):
+    torch._dynamo.reset()
+    generate, recording = functools.partial(hinted, changes=changes), Recording()
+    run_steered(compile_static(WithHint(model), backend, COMPUTE_ALL), generate, recording)
+    assert recording.bare_steps == ([0, 1] if changes else [0])
+    plan = qc_compiler.calibrate(
+        WithHint(model), generate, 0.25, budget=6, level="output", progress=False, backend=backend
+    )
+    computed = plan.compute[0, :, 0]
+    assert (computed.sum(), computed[1]) == (3, changes)
+    compiled = compile_eagerly(WithHint(model), {"plan": plan})
+    error = relative_error(by_sample(generate(compiled)), by_sample(generate(WithHint(model))))
+    assert 0 < error <= plan.measured["error"]
+    assert (qc_compiler.summary(compiled).streams[0].computed[:, 0] == computed).all()
+
+
+def with_fresh_noise(model):
+    """As a consistency model samples: what it says of the sample is given noise anew."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 16, 8, generator=generator)
+    with torch.no_grad():
+        for i in range(STEPS):
+            x = 0.1 * model(x, torch.full((2,), 1000.0 - i)) + torch.randn(2, 16, 8, generator=generator)
+    return x
+
+
+def with_other_weights(model):
+    with torch.no_grad():
+        for i in range(STEPS):
+            if i == 6:
+                model.head.bias.add_(0.1)
+            x = torch.ones(2, 16, 8) - 0.01 * model(torch.ones(2, 16, 8), torch.full((2,), 1000.0 - i))
+    return x
+
+
+def with_another_batch(model):
+    x = torch.ones(2, 16, 8)
+    with torch.no_grad():
+        for i in range(STEPS):
+            for name, batch in (("guidance", x.repeat(2, 1, 1)), ("perturbed", x)):
+                with qc_compiler.stream(name):
+                    x = x - 0.01 * model(batch, torch.full((len(batch),), 1000.0 - i))[:2]
+    return x
 
 
 class WithVariances(torch.nn.Module):
@@ -372,11 +480,18 @@ def test_a_plan_for_other_steps_is_refused(model, plan):
         (1.5, None, "share=1.5"),
         (0.5, lambda m: [sample(m, STEPS)], "returned list"),
         (0.5, lambda m: sample(m, 2), "took 2 steps"),
+        (0.5, with_fresh_noise, r"more than once: after 1 steps .* \(fresh noise at every step\?\)"),
+        (0.5, with_other_weights, "nothing was there to reuse at step 6: the weights"),
+        (
+            0.5,
+            with_another_batch,
+            r"stream 'perturbed' with a sample of \(2, 16, 8\), and another one with \(4, 16, 8\)",
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_is_an_error(model, share, generate, message):
     with pytest.raises(qc_compiler.QuantCacheError, match=message):
-        qc_compiler.calibrate(model, generate, share=share, budget=1, progress=False, backend=backend)
+        qc_compiler.calibrate(copy.deepcopy(model), generate, share=share, budget=1, progress=False, backend=backend)
 
 
 def test_partial_computation_ends_in_a_plan_that_runs_as_it_says(model):
