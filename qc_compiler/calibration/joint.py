@@ -341,11 +341,10 @@ class JointPlanner:
 
     def _measure_cached(self) -> None:
         """Measures what each lever adds to the error of a schedule, refitted to it, and the time of its calls there."""
-        known = [calls for calls, (error, _, _) in self._schedules.items() if math.isfinite(error)]
-        if not known:
+        if not self._errors:
             return
-        calls = min(known, key=lambda calls: abs(calls - CACHED * self.num_calls))
-        bare = self._schedule(calls)[0]
+        calls = min(self._errors, key=lambda calls: abs(calls - CACHED * self.num_calls))
+        bare = self._errors[calls]
         nothing = Plan.without_schedule(self.fingerprint)
         alone = functools.cache(lambda: self._running(self._scheduled(Choice(calls), nothing, judged=False)))
         compressed = [Choice(calls, quantize=scheme) for scheme in self.levers.schemes if scheme in self.levers.fast]
@@ -440,13 +439,19 @@ class JointPlanner:
             compiled, self.generate, self.recording, self.reference, tell=lambda text: self._spend(share, text)
         )
 
+    @property
+    def _errors(self) -> dict[int, float]:
+        """The errors of the schedules that were found, by their calls, in order; without those that are infinite."""
+        errors = {calls: error for calls, (error, _, _) in sorted(self._schedules.items())}
+        return {calls: error for calls, error in errors.items() if math.isfinite(error)}
+
     def _schedule_error(self, calls: int) -> float:
         if calls >= self.num_calls:
             return 0.0
-        known = sorted(count for count, (error, _, _) in self._schedules.items() if math.isfinite(error))
-        if not known or calls <= max(self._schedules.keys() - {*known}, default=0):
+        finite = self._errors
+        if not finite or calls <= max(self._schedules.keys() - finite.keys(), default=0):
             return math.inf
-        errors = [max(self._schedules[count][0], 1e-12) for count in known]
+        known, errors = list(finite), [max(error, 1e-12) for error in finite.values()]
         if calls > known[-1]:  # to nothing where all are computed
             return errors[-1] * (self.num_calls - calls) / (self.num_calls - known[-1])
         if calls < known[0] and len(known) > 1:
