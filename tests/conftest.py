@@ -8,6 +8,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
+def _seeded():
+    """A test draws the same numbers in whatever order they run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _own_kernel_times(tmp_path, monkeypatch):
     """No test reads or writes what was measured on this machine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

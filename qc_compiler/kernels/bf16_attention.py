@@ -4,9 +4,10 @@
     P̂ = bf16(exp(S − max))
     o = Σⱼ P̂ⱼ·v̂ⱼ / Σⱼ P̂ⱼ        v̂ = bf16(v)
 
-With the unit roundoff u = 2⁻⁹ scores are off by ε ≤ (2u + u² + 2⁻¹⁸)·|s|·Σ|q·k|, outputs by
+With the unit roundoff u = 2⁻⁸ scores are off by ε ≤ (2u + u² + 2⁻¹⁶)·|s|·Σ|q·k|, weights before they are normalized by
+factors whose quotients are at most R = e²ᵋ·(1 + ū) / (1 − ū), ū = u + 2⁻¹⁴ (exp), and outputs of N keys by
 
-    |o − exact| ≤ (e²ᵋ·(1 + u) / (1 − u) − 1 + u)·max|v|
+    |o − exact| ≤ (2·(√R − 1) / (√R + 1) + u + N·2⁻²³)·max|v|
 
 Keys and values are packed once into pairs, as VDPBF16PS adds two products a lane. Eight queries at a time pass over
 tiles of 256 keys, whose scores stay in the first cache, with the maximum so far (FlashAttention, arXiv 2205.14135).
