@@ -44,7 +44,7 @@ from harness import (
 from joint import joint_plans, schedule
 from memory import peak, resident
 from qc_compiler.plan import Plan
-from subjects import CALIBRATION_SEED, SEED, SUBJECTS, Judge, Subject
+from subjects import CALIBRATION_SEED, SUBJECTS, Judge, Subject
 
 MIB, SHARES, BASELINE_STEPS = 2**20, (0.33, 0.2, 0.1), 20
 QUALITY = ("method", "computed", "× Inductor", "PSNR dB", "SSIM", "distance", "recognized", "Fréchet")
@@ -200,10 +200,10 @@ class Comparison:
 
     def _measure(self, method: Method) -> tuple[str, ...]:
         subject = self.subject
-        model, batches = method.make(self.model), subject.labels(subject.samples).split(subject.batch)
+        model, batches = method.make(self.model), subject.batches(subject.samples)
 
         def run(i: int = 0) -> Tensor:
-            return subject.trajectory(model, batches[i], SEED + i, method.steps, method.solver)
+            return subject.trajectory(model, *batches[i], method.steps, method.solver)
 
         first, compiling = self._compiling(method, run)
         subject.generate(self.inductor, steps=2)  # compiles

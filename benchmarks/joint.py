@@ -11,6 +11,7 @@ the last trajectory. Re-timed plans are for 30 steps, and are compared with 30 f
 
 import argparse
 import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ from harness import (
     write,
 )
 from sampling import DATA_RANGE, shift_times
-from subjects import SEED, SUBJECTS, Judge, Subject
+from subjects import SUBJECTS, Judge, Subject
 
 ROUNDS, BATCHES = 3, 6
 TARGETS = ("psnr=30", "psnr=35", "psnr=40", "speedup=6.72", "speedup=10", "psnr=55", "psnr=60", "speedup=4.5")
@@ -143,7 +144,10 @@ class Comparison:
         self.subject: Subject = replace(SUBJECTS[name], samples=BATCHES * SUBJECTS[name].batch)
         self.model: Any = self.subject.load().requires_grad_(False)
         self.inductor = torch.compile(self.model)
-        self.judge = Judge(self.subject, self.samples(self.inductor))
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        return Judge(self.subject, self.samples(self.inductor))
 
     @functools.cached_property
     def retimed_judge(self) -> Judge:
@@ -205,14 +209,14 @@ class Comparison:
 
     def ratio(self, model: Any, **how: Any) -> float:
         """Returns the time of Inductor's trajectory over that of `model`: medians, in turns of about the same time."""
-        subject, batches = self.subject, self.subject.labels(self.subject.samples).split(self.subject.batch)
+        subject = self.subject
+        batches = itertools.cycle(subject.batches(subject.samples))
         plain: list[float] = []
         ours: list[float] = []
         for _ in range(ROUNDS):
             plain.append(timed(lambda: subject.generate(self.inductor))[0])
             while sum(ours) < sum(plain):
-                i = len(ours) % len(batches)
-                ours.append(timed(lambda i=i: subject.trajectory(model, batches[i], SEED + i, **how))[0])  # type: ignore[misc]
+                ours.append(timed(functools.partial(subject.trajectory, model, *next(batches), **how))[0])
         return statistics.median(plain) / statistics.median(ours)
 
 

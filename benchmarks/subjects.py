@@ -48,6 +48,10 @@ class Subject:
             return captioned_digits(count, seed)[1]
         return (torch.arange(count) + (count if seed == CALIBRATION_SEED else 0)) % 10
 
+    def batches(self, count: int, seed: int = SEED) -> list[tuple[Tensor, int]]:
+        """Returns labels or captions and the seed of each batch of `count` samples."""
+        return [(labels, seed + i) for i, labels in enumerate(self.labels(count, seed).split(self.batch))]
+
     def generate(self, model: Model, count: int = 0, seed: int = SEED, steps: int = 0, solver: str = "") -> Tensor:
         """Returns samples, a trajectory for each batch; `begin` of the model, if it has one, is called before each.
 
@@ -56,8 +60,8 @@ class Subject:
             steps: 0 for the subject's.
             solver: "" for the examples' Euler steps, or a name in `SOLVERS`.
         """
-        batches = self.labels(count or self.batch, seed).split(self.batch)
-        return torch.cat([self.trajectory(model, labels, seed + i, steps, solver) for i, labels in enumerate(batches)])
+        batches = self.batches(count or self.batch, seed)
+        return torch.cat([self.trajectory(model, *batch, steps, solver) for batch in batches])
 
     def trajectory(self, model: Model, labels: Tensor, seed: int, steps: int = 0, solver: str = "") -> Tensor:
         """Returns samples of these labels; arguments as of `generate`."""
